@@ -1,0 +1,56 @@
+"""Checks that several places share. They read shapes, dtypes and devices, never values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashbias.errors import DtypeError, ShapeError
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_broadcast(name: str, tensor: Tensor, wanted: Sequence[int], meaning: str) -> None:
+    """Raise `ShapeError` unless `tensor` broadcasts to the shape `wanted`, which `meaning` names."""
+    shape = tensor.shape
+    fits = len(shape) <= len(wanted)
+    for size, target in zip(reversed(shape), reversed(wanted), strict=False):
+        fits = fits and (size == 1 or size == target)
+    if not fits:
+        raise ShapeError(
+            f"{name} of shape {tuple(shape)}",
+            f"a shape that broadcasts to {meaning} = {tuple(wanted)}",
+            f"give {name} the dimensions {meaning}; batch and head dimensions may be 1 or missing",
+        )
+
+
+def check_last(name: str, tensor: Tensor, sizes: Sequence[int], meaning: str) -> None:
+    """Raise `ShapeError` unless the last dimensions of `tensor` have just these sizes."""
+    if tensor.dim() < len(sizes) or tuple(tensor.shape[-len(sizes) :]) != tuple(sizes):
+        raise ShapeError(
+            f"{name} of shape {tuple(tensor.shape)}",
+            f"last dimensions {meaning} = {tuple(sizes)}",
+            f"bring {name} to the lengths of query and key",
+        )
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise `DtypeError` unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{name} of type {type(value).__name__}", "a torch.Tensor", f"pass torch.as_tensor({name})")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise `DtypeError` unless `tensor` has a real floating dtype."""
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise DtypeError(f"{name} of dtype {tensor.dtype}", "a floating dtype", f"pass {name}.float()")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """Raise `DtypeError` unless `tensor` has an integer dtype."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in INTEGERS:
+        raise DtypeError(f"{name} of dtype {tensor.dtype}", "an integer dtype", f"pass {name}.int()")

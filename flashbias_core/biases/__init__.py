@@ -1,0 +1,9 @@
+"""The kinds of bias. A new kind is a subclass of `Bias` in a file of its own."""
+
+from .alibi import ALiBi
+from .base import Bias, Sum
+from .distance import SpatialDistance
+from .factored import FactoredBias
+from .matrix import DenseBias
+
+__all__ = ["ALiBi", "Bias", "DenseBias", "FactoredBias", "SpatialDistance", "Sum"]

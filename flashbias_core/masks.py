@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flashbias.checks import check_integer, check_tensor
-from flashbias.errors import DtypeError, ShapeError
+from .checks import check_integer, check_tensor
+from .errors import DtypeError, ShapeError
 
 
 class Mask(ABC):
@@ -60,7 +60,9 @@ class Causal(Mask):
         if isinstance(offset, Tensor):
             check_integer("offset", offset)
         elif isinstance(offset, (bool, float)):
-            raise DtypeError(f"offset of type {type(offset).__name__}", "an integer, a tensor or None", "pass an integer")
+            raise DtypeError(
+                f"offset of type {type(offset).__name__}", "an integer, a tensor or None", "pass an integer"
+            )
         self.offset = offset
 
     def dense(self, n_q: int, n_k: int, *, device: torch.device | str | None = None) -> Tensor:

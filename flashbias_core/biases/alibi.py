@@ -54,7 +54,9 @@ class ALiBi(Bias):
         self.q_positions = q_positions
         self.k_positions = k_positions
 
-    def dense(self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(
+        self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         if self.q_positions is None or self.k_positions is None:
             device = self.slopes.device
             offset = n_k - n_q if offset is None else offset

@@ -18,7 +18,9 @@ class Bias(ABC):
     """
 
     @abstractmethod
-    def dense(self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(
+        self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The bias as a matrix that broadcasts to `(*batch, H, n_q, n_k)`, computed in `dtype`.
 
         `offset` is that of the causal diagonal (see `Causal`), `n_k - n_q` by default. For tests and pictures:
@@ -49,7 +51,9 @@ class Sum(Bias):
     def parts(self) -> Iterator[Bias]:
         yield from self.biases
 
-    def dense(self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(
+        self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         matrices = [bias.dense(n_q, n_k, offset=offset, dtype=dtype) for bias in self.biases]
         total = matrices[0]
         for matrix in matrices[1:]:

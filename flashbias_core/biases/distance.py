@@ -47,7 +47,9 @@ class SpatialDistance(Bias):
             )
         self.x_q, self.x_k, self.weight = x_q, x_k, weight
 
-    def dense(self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(
+        self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         difference = self.x_q.to(dtype)[..., :, None, :] - self.x_k.to(dtype)[..., None, :, :]
         return -self.weight.to(dtype)[..., None] * difference.square().sum(-1).unsqueeze(-3)
 
@@ -58,8 +60,8 @@ class SpatialDistance(Bias):
             check_broadcast(name, points, (*problem.batch, n, d), f"(*batch, {meaning}, d)")
         check_broadcast("weight", self.weight, (*problem.batch, problem.heads, problem.n_q), "(*batch, H, Nq)")
         centre = _centre(self.x_q, self.x_k, problem)
-        r_q = (self.x_q - centre).float().unsqueeze(-3)
-        r_k = (self.x_k - centre).float().unsqueeze(-3)
+        r_q = _relative(self.x_q, centre, problem.q_counts)
+        r_k = _relative(self.x_k, centre, problem.k_counts)
         weight = self.weight.float()
         weight = weight[(None,) * max(0, 2 - weight.dim())].unsqueeze(-1)  # (..., H, Nq, 1), each of them perhaps 1
         square_q, square_k = r_q.square().sum(-1, keepdim=True), r_k.square().sum(-1, keepdim=True)
@@ -72,6 +74,14 @@ def _expand(*columns: Tensor) -> list[Tensor]:
     """The columns, broadcast against each other in all but the last dimension."""
     shape = torch.broadcast_shapes(*(column.shape[:-1] for column in columns))
     return [column.expand(*shape, column.shape[-1]) for column in columns]
+
+
+def _relative(points: Tensor, centre: Tensor, counts: Tensor | None) -> Tensor:
+    """Coordinates `(*batch, 1, N, d)` relative to the centre in fp32; zero where a position does not count."""
+    relative = (points - centre).float()
+    if counts is not None:
+        relative = torch.where(counts[..., None], relative, 0.0)
+    return relative.unsqueeze(-3)
 
 
 def _centre(x_q: Tensor, x_k: Tensor, problem: Problem) -> Tensor:

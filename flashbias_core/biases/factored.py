@@ -36,7 +36,9 @@ class FactoredBias(Bias):
             )
         self.q_factor, self.k_factor = q_factor, k_factor
 
-    def dense(self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(
+        self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         return self.q_factor.to(dtype) @ self.k_factor.to(dtype).mT
 
     def terms(self, problem: Problem) -> Iterable[Term]:

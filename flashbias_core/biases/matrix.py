@@ -35,7 +35,9 @@ class DenseBias(Bias):
             )
         self.values = values
 
-    def dense(self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dense(
+        self, n_q: int, n_k: int, *, offset: int | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         return self.values.to(dtype).expand(*self.values.shape[:-2], n_q, n_k)
 
     def terms(self, problem: Problem) -> Iterable[Term]:

@@ -1,0 +1,186 @@
+"""What one call of the operator works on: at most one term of each kind, and one mask of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .biases import Bias
+from .checks import check_broadcast, check_last
+from .errors import DeviceError, DtypeError, UnsupportedError
+from .masks import Allowed, Causal, KeyPadding, Mask, Segments
+from .terms import Linear, Problem, Rank, Term, Tile
+
+
+@dataclass
+class Operands:
+    """The terms and masks of a call, in the order in which `ops.py` takes them. Batch and head dimensions broadcast.
+
+    q_factor, k_factor: `(*batch, H, N, R)`, fp16, bf16 or fp32.
+    slopes: `(*batch, H)` fp32; positions `(*batch, N)`, or None for `p_j = j`, `p_i = i + offset`.
+    values: `(*batch, H, Nq or 1, Nk)`.
+    offsets: `(*batch,)` integers in place of `offset`.
+    lengths: `(*batch,)`; q_ids, k_ids `(*batch, N)`; allowed: booleans `(*batch, H, Nq or 1, Nk)`.
+    """
+
+    q_factor: Tensor | None = None
+    k_factor: Tensor | None = None
+    slopes: Tensor | None = None
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
+    values: Tensor | None = None
+    offsets: Tensor | None = None
+    lengths: Tensor | None = None
+    q_ids: Tensor | None = None
+    k_ids: Tensor | None = None
+    allowed: Tensor | None = None
+    symmetric: bool = False
+    causal: bool = False
+    offset: int = 0
+
+
+def gather(
+    bias: Bias | None, mask: Mask | None, batch: Sequence[int], heads: int, query: Tensor, key: Tensor
+) -> Operands:
+    """The operands of a call: sums merged, shapes checked.
+
+    Raises:
+        ShapeError, DeviceError, UnsupportedError: for a bias or a mask that does not fit.
+    """
+    n_q, n_k = query.shape[-2], key.shape[-2]
+    problem = Problem(tuple(batch), heads, n_q, n_k, n_k - n_q, query.device)
+    operands = Operands(offset=n_k - n_q)
+    if mask is not None:
+        for part in mask.parts():
+            _add_mask(operands, part, problem)
+        _count(operands, problem)
+    if bias is not None:
+        if not isinstance(bias, Bias):
+            raise DtypeError(
+                f"bias of type {type(bias).__name__}",
+                "a flashbias.Bias, or a sum of them",
+                "pass a tensor of bias values as bias=DenseBias(values)",
+            )
+        for term in bias.terms(problem):
+            _add_term(operands, term)
+    if operands.k_factor is not None and operands.q_factor is not None:
+        # What stands at positions that no row or column uses may be anything, also NaN.
+        operands.q_factor = _zero_beyond(operands.q_factor, problem.q_counts)
+        operands.k_factor = _zero_beyond(operands.k_factor, problem.k_counts)
+    for name, value in vars(operands).items():
+        if isinstance(value, Tensor) and value.device != query.device:
+            raise DeviceError(
+                f"{name} on {value.device}",
+                f"the device of query, {query.device}",
+                f"move it with .to({str(query.device)!r})",
+            )
+    return operands
+
+
+def _add_mask(operands: Operands, mask: Mask, problem: Problem) -> None:
+    batch, n_q, n_k = problem.batch, problem.n_q, problem.n_k
+    match mask:
+        case Causal():
+            offset = n_k - n_q if mask.offset is None else mask.offset
+            if isinstance(offset, Tensor):
+                check_broadcast("offset", offset, batch, "(*batch,)")
+            if operands.causal:
+                offset = _smaller(offset, operands.offset if operands.offsets is None else operands.offsets)
+            operands.causal = True
+            operands.offset, operands.offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+            problem.offset = offset
+        case KeyPadding():
+            check_broadcast("lengths", mask.lengths, batch, "(*batch,)")
+            lengths = mask.lengths
+            operands.lengths = lengths if operands.lengths is None else torch.minimum(lengths, operands.lengths)
+        case Segments():
+            for name, ids, n, meaning in (("q_ids", mask.q_ids, n_q, "Nq"), ("k_ids", mask.k_ids, n_k, "Nk")):
+                check_last(name, ids, (n,), f"({meaning},)")
+                check_broadcast(name, ids, (*batch, n), f"(*batch, {meaning})")
+            operands.q_ids, operands.k_ids = _join(mask.q_ids, operands.q_ids), _join(mask.k_ids, operands.k_ids)
+        case Allowed():
+            check_last("mask", mask.allowed, (n_k,), "(Nk,)")
+            check_broadcast("mask", mask.allowed, (*batch, problem.heads, n_q, n_k), "(*batch, H, Nq, Nk)")
+            allowed = mask.allowed[(None,) * max(0, 2 - mask.allowed.dim())]
+            operands.allowed = allowed if operands.allowed is None else operands.allowed & allowed
+        case _:
+            raise UnsupportedError(
+                f"a mask of type {type(mask).__name__}",
+                "Causal, KeyPadding, Segments or a boolean tensor",
+                "pass mask.dense(n_q, n_k)",
+            )
+
+
+def _smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    if isinstance(a, Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+def _join(ids: Tensor, others: Tensor | None) -> Tensor:
+    """Ids that are equal where both are, and -1 where one is."""
+    if others is None:
+        return ids.int() if ids.dtype == torch.int64 else ids
+    ids, others = ids.long(), others.long()
+    return torch.where((ids == -1) | (others == -1), -1, (ids << 32) | (others & 0xFFFFFFFF))
+
+
+def _count(operands: Operands, problem: Problem) -> None:
+    """Note in the problem which positions lengths and ids leave out."""
+    if operands.lengths is not None:
+        positions = torch.arange(problem.n_k, device=problem.device)
+        problem.k_counts = positions < operands.lengths[..., None]
+    if operands.q_ids is not None and operands.k_ids is not None:
+        problem.q_counts = operands.q_ids != -1
+        k_counts = operands.k_ids != -1
+        problem.k_counts = k_counts if problem.k_counts is None else problem.k_counts & k_counts
+
+
+def _zero_beyond(factor: Tensor, counts: Tensor | None) -> Tensor:
+    return factor if counts is None else torch.where(counts[..., None, :, None], factor, 0.0)
+
+
+def _add_term(operands: Operands, term: Term) -> None:
+    match term:
+        case Rank():
+            factors = _storage(term.q_factor), _storage(term.k_factor)
+            dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
+            q_factor, k_factor = (factor.to(dtype) for factor in factors)
+            operands.q_factor = _columns(operands.q_factor, q_factor)
+            operands.k_factor = _columns(operands.k_factor, k_factor)
+        case Linear():
+            if operands.slopes is None:
+                operands.slopes, operands.symmetric = term.slopes, term.symmetric
+                operands.q_positions, operands.k_positions = term.q_positions, term.k_positions
+            elif (
+                operands.symmetric == term.symmetric
+                and operands.q_positions is term.q_positions
+                and operands.k_positions is term.k_positions
+            ):
+                operands.slopes = operands.slopes + term.slopes
+            else:
+                raise UnsupportedError(
+                    "a sum of ALiBi biases that differ in positions or symmetry",
+                    "at most one ALiBi, or several over the same position tensors with the same symmetry",
+                    "give one of them as FactoredBias or DenseBias",
+                )
+        case Tile():
+            values = _storage(term.values)
+            operands.values = values if operands.values is None else operands.values.float() + values.float()
+
+
+def _storage(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that the kernels read."""
+    return tensor if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) else tensor.float()
+
+
+def _columns(first: Tensor | None, second: Tensor) -> Tensor:
+    """Two factors side by side."""
+    if first is None:
+        return second
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    return torch.cat([factor.to(dtype).expand(*shape, factor.shape[-1]) for factor in (first, second)], -1)

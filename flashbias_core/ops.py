@@ -1,0 +1,139 @@
+"""The operator as torch sees it: schema, shapes, and the way back. The work is done by the backend that `plan` names.
+
+`attention` takes the fields of `Operands` in their order. `attention_backward` returns a gradient for each of
+`DIFFERENTIABLE`, an empty tensor where none is asked for.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .errors import UnsupportedError
+from .operands import Operands
+
+# The inputs of `attention` that have gradients, and their positions.
+DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4, "slopes": 5, "values": 8}
+
+_OPERANDS = (
+    "Tensor? q_factor, Tensor? k_factor, Tensor? slopes, Tensor? q_positions, Tensor? k_positions, Tensor? values, "
+    "Tensor? offsets, Tensor? lengths, Tensor? q_ids, Tensor? k_ids, Tensor? allowed, "
+    "bool symmetric, bool causal, SymInt offset, float scale"
+)
+
+
+def _backend(query: Tensor) -> ModuleType:
+    if plan.backend(query.device) == "triton":
+        from .kernels import launch
+
+        return launch
+    from flashbias import cpu
+
+    return cpu
+
+
+@torch.library.custom_op(
+    "flashbias::attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_OPERANDS}) -> (Tensor, Tensor)",
+)
+def attention(query: Tensor, key: Tensor, value: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    """Output `(*batch, H, Nq, Cv)` in the dtype of query and LSE `(*batch, H, Nq)` fp32; `scale` is positive."""
+    *fields, scale = operands
+    return _backend(query).forward(query, key, value, Operands(*fields), scale)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "flashbias::attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted, "
+        f"Tensor query, Tensor key, Tensor value, {_OPERANDS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wanted: list[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *operands: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of `DIFFERENTIABLE` in their shapes and dtypes; `wanted` says which."""
+    *fields, scale = operands
+    inputs = (query, key, value, *fields)
+    names = {name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want}
+    gradients = _backend(query).backward(
+        grad_out, grad_lse, out, lse, query, key, value, Operands(*fields), scale, names
+    )
+    return tuple(
+        gradients[name].to(inputs[position].dtype) if name in names else query.new_empty(0)
+        for name, position in DIFFERENTIABLE.items()
+    )
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: list[bool], *inputs: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        inputs[position].new_empty(inputs[position].shape) if want else grad_out.new_empty(0)
+        for want, position in zip(wanted, DIFFERENTIABLE.values(), strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.positions = [position for position, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*output, *(inputs[position] for position in ctx.positions))
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    inputs = list(ctx.others)
+    for position, tensor in zip(ctx.positions, tensors, strict=True):
+        inputs[position] = tensor
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    wanted = [bool(ctx.needs_input_grad[position]) for position in DIFFERENTIABLE.values()]
+    gradients = attention_backward(grad_out, grad_lse, out, lse, wanted, *inputs)
+    results: list[Tensor | None] = [None] * len(inputs)
+    for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):
+        results[position] = gradient if want else None
+    return tuple(results)
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
+    raise UnsupportedError(
+        "a second derivative of biased_attention",
+        "first derivatives",
+        "use flashbias.reference for second derivatives, or detach the first gradient",
+    )
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+    raise UnsupportedError(
+        "torch.vmap over biased_attention",
+        "batch dimensions in front",
+        "call it once with the mapped dimension as batch",
+    )
+
+
+attention.register_autograd(_backward, setup_context=_setup)
+attention_backward.register_autograd(_refuse_double_backward)
+attention.register_vmap(_refuse_vmap)
+attention_backward.register_vmap(_refuse_vmap)

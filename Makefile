@@ -1,0 +1,50 @@
+# Every target sets up .venv by itself, once: it is made anew only when one of the three files below changes.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup test test-slow demo lint format typecheck clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1	\2/p' Makefile | expand -t 12
+
+setup: $(READY)  ## create .venv with everything that the other targets need
+
+# torch comes first and by itself, so that the build which is at hand (CUDA or CPU) stays whatever comes after it.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"found: Python {v[0]}.{v[1]}; wanted: 3.10 or later; remedy: make PYTHON=/path/to/python")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+test: $(READY)  ## run all tests but those marked slow
+	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## run all tests, slow ones too; meant for a machine with a GPU
+	$(BIN)/pytest -n $(WORKERS) -m "slow or not slow" $(PYTEST_ARGS)
+
+demo: $(READY)  ## train a small SwinV2, run it stock and patched, compare
+	$(BIN)/flashbias demo
+
+lint: $(READY)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Types are checked on the package as it is installed: in the repository no folder is called flashbias.
+typecheck: $(READY)  ## check types on the built wheel
+	rm -rf .typecheck build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target .typecheck .
+	MYPYPATH=.typecheck $(BIN)/mypy -p flashbias
+
+clean:  ## remove .venv and all that was built
+	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

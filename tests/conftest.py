@@ -1,0 +1,53 @@
+"""One set of tests for every machine.
+
+With a CUDA device the kernels run on it. Without one they run on the CPU through Triton's interpreter, which must be
+switched on before triton is imported for the first time: here, before any test file is read.
+
+Tests marked `slow` are left out unless `-m` says otherwise; tests marked `gpu` are skipped only without a CUDA device.
+"""
+
+import os
+import random
+import zlib
+
+import numpy
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# xdist starts several processes: each takes its share of the cores, or they fight for them.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // _WORKERS))
+
+
+def pytest_report_header() -> list[str]:
+    device = torch.cuda.get_device_name() if HAS_CUDA else "cpu, kernels through Triton's interpreter"
+    return [f"torch: {torch.__version__}, device: {device}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    without_device = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(without_device)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the tensors of a test go."""
+    return "cuda" if HAS_CUDA else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Fixes all random numbers by the name of the test, so that neither order nor selection changes them."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    numpy.random.seed(value)
+    torch.manual_seed(value)
+    return value

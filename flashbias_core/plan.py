@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -42,3 +45,74 @@ def _has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A kernel's tile of queries by keys, its warps, and how many tiles are in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
+    """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values")."""
+    if device.type != "cuda":
+        return Tiles(32, 32, 4, 1)
+    width = max(constants["WIDTH"], constants["WIDTH_V"])
+    return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, width)
+
+
+def select(kind: str, capability: tuple[int, int], itemsize: int, width: int) -> Tiles:
+    """The tiles for head dims up to `width` of `itemsize` bytes on a device of that compute capability."""
+    if itemsize == 4:
+        return Tiles(64, 32, 4, 1) if width <= 64 else Tiles(32, 32, 4, 1)
+    if kind == "forward":
+        return Tiles(128, 128, 4, 3) if width <= 32 else Tiles(128, 64, 8, 2)
+    if kind == "queries":
+        return Tiles(128, 64, 8, 2)
+    if kind == "keys":
+        return Tiles(64, 128, 8, 2)
+    return Tiles(64, 64, 4, 1)
+
+
+def splits(programs: int, members: int, device: torch.device) -> int:
+    """Into how many parts a sum over `members` is split, so that `programs` times as many fill the device."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(members, cdiv(4 * processors, programs)))
+
+
+def width(size: int) -> int:
+    """The inner width of a tensor-core product over `size` features."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def chunk(rank: int) -> int:
+    """How many of `rank` factor columns, a multiple of 16, one product takes."""
+    return min(rank & -rank, 128) if rank else 16
+
+
+def slices(columns: int) -> list[tuple[int, int]]:
+    """Factor columns, a multiple of 16, in slices of powers of two up to 64; one empty slice where there are none."""
+    pieces, start = [], 0
+    while start < columns:
+        size = min(64, 1 << ((columns - start).bit_length() - 1))
+        pieces.append((start, start + size))
+        start += size
+    return pieces or [(0, 0)]
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)

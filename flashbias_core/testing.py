@@ -1,4 +1,4 @@
-"""How far a result may be from the oracle: bounds derived from what an eager computation reaches, not chosen by hand."""
+"""How far a result may be from the oracle: bounds derived from what an eager computation reaches."""
 
 from __future__ import annotations
 

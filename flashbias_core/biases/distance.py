@@ -85,7 +85,7 @@ def _relative(points: Tensor, centre: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _centre(x_q: Tensor, x_k: Tensor, problem: Problem) -> Tensor:
-    """The middle of the box around the points that count, `(*batch, 1, d)`; no gradient, since B does not depend on it."""
+    """The middle of the box around the points that count, `(*batch, 1, d)`. B does not depend on it: no gradient."""
     lows, highs = [], []
     for points, counts in ((x_q.detach(), problem.q_counts), (x_k.detach(), problem.k_counts)):
         low = high = points

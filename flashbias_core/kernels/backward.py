@@ -1,0 +1,299 @@
+"""Attention, backward: scores are recomputed tile by tile, gradients summed in a fixed order, without atomics.
+
+With P the probabilities, `dS = P * (dP - delta)` where `dP = dO V^T` and `delta_i = dO_i . O_i - dLSE_i`
+(Dao, FlashAttention-2, 2023, algorithm 2). One kernel walks over the keys for each tile of queries, one over the
+queries for each tile of keys, and one, for the values of a dense bias, over all that shares a tile of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .terms import (
+    LOG2_E,
+    add_pointwise,
+    diagonal,
+    distances,
+    first_key_beyond,
+    key_range,
+    load_chunk,
+    load_rows,
+    mask_scores,
+    products,
+    program,
+    scaled,
+)
+
+NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "q_scale", "unit"]
+
+
+@triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads"])
+def delta_kernel(
+    d_out, out, d_lse, delta, n_q, n_inner, n_heads, C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """`delta_i = dO_i . O_i - dLSE_i`."""
+    i_tile, i_bh, i_o, i_i, i_h, _ = program(tl.cdiv(n_q, BLOCK_M), n_inner, n_heads, 1)
+    m_first = i_tile * BLOCK_M
+    b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
+    b_out = load_rows(out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
+    b_delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)
+    o_row = m_first + tl.arange(0, BLOCK_M)
+    if d_lse is not None:
+        b_delta -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    tl.store(delta + i_bh * n_q + o_row, b_delta, mask=o_row < n_q)
+
+
+@triton.jit
+def load_statistics(lse, delta, i_bh, o_row, n_q):
+    """LSE over log 2, +inf where a row attends nowhere, so that its probabilities are 0; and delta."""
+    b_lse = tl.load(lse + i_bh * n_q + o_row, mask=o_row < n_q, other=float("-inf"))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+    return b_lse, tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def queries_kernel(
+    q, k, v, d_out, lse, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks,
+    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted."""
+    n_tiles = tl.cdiv(n_q, BLOCK_M)
+    i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
+    m_first = (n_tiles - 1 - i_tile) * BLOCK_M
+    o_row = m_first + tl.arange(0, BLOCK_M)
+    o_m = o_row[:, None]
+    offset = diagonal(masks, i_o, i_i, offset)
+    n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
+
+    b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
+    b_q_columns = b_q
+    if RANK > 0 and RANK == CHUNK:
+        b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
+    b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
+    b_lse, b_delta = load_statistics(lse, delta, i_bh, o_row, n_q)
+    b_d_query = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    b_d_slopes = tl.zeros([BLOCK_M], tl.float32)
+    b_excess = tl.zeros([BLOCK_M], tl.float32)
+    b_mean = tl.zeros([BLOCK_M], tl.float32)
+    if GRADIENT_RANK > 0:
+        b_d_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
+    to_log2 = unit * LOG2_E
+
+    for phase in tl.static_range(2):
+        for n_first in tl.range(whole if phase == 1 else 0, end if phase == 1 else whole, BLOCK_N):
+            o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
+            b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
+            b_s = products(
+                b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
+                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
+            )  # fmt: skip
+            b_s = add_pointwise(
+                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                SYMMETRIC, True, phase == 1,
+            )  # fmt: skip
+            b_s = mask_scores(
+                b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
+            )
+            b_p = tl.exp2(b_s * to_log2 - b_lse[:, None])
+            b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
+            b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            if d_slopes is not None:
+                b_distance = distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, True)
+                b_d_slopes += tl.sum(b_ds * b_distance, 1)
+                b_excess += tl.sum(b_ds, 1)
+                b_mean += tl.sum(b_p * b_distance, 1)
+            if d_query is not None:
+                b_d_query = tl.dot(b_ds.to(b_k.dtype), b_k, b_d_query, input_precision=PRECISION)  # [M, N] @ [N, C]
+            if GRADIENT_RANK > 0:
+                b_columns = load_chunk(
+                    gradient_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, GRADIENT_RANK, phase == 1
+                )
+                b_d_columns = tl.dot(
+                    b_ds.to(b_columns.dtype), b_columns, b_d_columns, input_precision=PRECISION
+                )  # [M, N] @ [N, R]
+
+    p_row = i_bh * n_q + o_m
+    if d_query is not None:
+        o_c = tl.arange(0, WIDTH)[None, :]
+        b_d_query = b_d_query * (q_scale * unit)
+        tl.store(d_query + p_row * C + o_c, b_d_query.to(d_query.dtype.element_ty), mask=(o_m < n_q) & (o_c < C))
+    if GRADIENT_RANK > 0:
+        o_r = tl.arange(0, GRADIENT_RANK)[None, :]
+        tl.store(d_columns + p_row * GRADIENT_RANK + o_r, b_d_columns, mask=o_m < n_q)
+    if d_slopes is not None:
+        # delta comes from rounded outputs, so that rows of dS do not quite sum to zero: take P times the excess out.
+        b_d_slopes -= b_excess * b_mean
+        tl.store(d_slopes + i_bh * n_q + o_row, b_d_slopes, mask=o_row < n_q)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def keys_kernel(
+    q, k, v, d_out, lse, delta, d_key, d_value, d_columns, gradient_columns, terms, masks,
+    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys, values and the keys' factor columns, for each query head; each None where not wanted.
+
+    Tiles stand on their side, keys by queries, so that P and dS are left operands as they come.
+    """
+    i_tile, i_bh, i_o, i_i, i_h, i_kv = program(tl.cdiv(n_k, BLOCK_N), n_inner, n_heads, group)
+    n_first = i_tile * BLOCK_N
+    o_n = (n_first + tl.arange(0, BLOCK_N))[:, None]
+    offset = diagonal(masks, i_o, i_i, offset)
+    n_keys = first_key_beyond(masks, i_o, i_i, n_k)
+    # Queries [begin, checked) need the number of keys or the diagonal checked; [checked, n_q) do not.
+    begin = n_first * 0
+    if CAUSAL:
+        begin = tl.maximum(n_first - offset, 0) // BLOCK_M * BLOCK_M
+    checked = begin
+    if CAUSAL:
+        checked = tl.maximum(tl.cdiv(tl.maximum(n_first + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M, begin)
+    checked = tl.where(n_first + BLOCK_N > n_keys, n_q, tl.minimum(checked, n_q))
+    begin = tl.where(n_first >= n_keys, n_q, begin)
+
+    b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
+    b_k_scaled = scaled(b_k, q_scale)
+    b_k_columns = b_k
+    if RANK > 0 and RANK == CHUNK:
+        b_k_columns = load_chunk(terms.k_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, CHUNK, True)
+    b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
+    b_d_key = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    b_d_value = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
+    if GRADIENT_RANK > 0:
+        b_d_columns = tl.zeros([BLOCK_N, GRADIENT_RANK], tl.float32)
+    to_log2 = unit * LOG2_E
+
+    for phase in tl.static_range(2):
+        for m_first in tl.range(begin if phase == 0 else checked, checked if phase == 0 else n_q, BLOCK_M):
+            o_row = m_first + tl.arange(0, BLOCK_M)
+            o_m = o_row[None, :]
+            b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
+            b_s = products(
+                b_k_scaled, b_q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h,
+                n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, RANK, CHUNK, FOLDED, PRECISION, True,
+            )  # fmt: skip
+            b_s = add_pointwise(
+                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                SYMMETRIC, True, phase == 0,
+            )  # fmt: skip
+            b_s = mask_scores(
+                b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
+            )
+            b_lse, b_delta = load_statistics(lse, delta, i_bh, o_row, n_q)
+            b_p = tl.exp2(b_s * to_log2 - b_lse[None, :])
+            b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
+            if d_value is not None:
+                b_d_value = tl.dot(
+                    b_p.to(b_d_out.dtype), b_d_out, b_d_value, input_precision=PRECISION
+                )  # [N, M] @ [M, Cv]
+            b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)  # [N, Cv] @ [Cv, M]
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            if d_key is not None:
+                b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
+            if GRADIENT_RANK > 0:
+                b_columns = load_chunk(gradient_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, GRADIENT_RANK, True)
+                b_d_columns = tl.dot(
+                    b_ds.to(b_columns.dtype), b_columns, b_d_columns, input_precision=PRECISION
+                )  # [N, M] @ [M, R]
+
+    p_row = i_bh * n_k + o_n
+    if d_key is not None:
+        o_c = tl.arange(0, WIDTH)[None, :]
+        b_d_key = b_d_key * (q_scale * unit)
+        tl.store(d_key + p_row * C + o_c, b_d_key.to(d_key.dtype.element_ty), mask=(o_n < n_k) & (o_c < C))
+    if d_value is not None:
+        o_c = tl.arange(0, WIDTH_V)[None, :]
+        tl.store(d_value + p_row * C_V + o_c, b_d_value.to(d_value.dtype.element_ty), mask=(o_n < n_k) & (o_c < C_V))
+    if GRADIENT_RANK > 0:
+        o_r = tl.arange(0, GRADIENT_RANK)[None, :]
+        tl.store(d_columns + p_row * GRADIENT_RANK + o_r, b_d_columns, mask=o_n < n_k)
+
+
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
+def values_kernel(
+    q, k, v, d_out, lse, delta, d_values, terms, masks,
+    n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
+    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a dense bias: dS summed over the `n_*_shared` batches and heads (with ONE_ROW, rows) that share it.
+
+    A program sums one of `n_splits` parts of the members for one tile, into a plane of its own.
+    """
+    n_m, n_n = tl.cdiv(n_q, BLOCK_M), tl.cdiv(n_k, BLOCK_N)
+    n_m_tiles = 1 if ONE_ROW else n_m
+    i_n = tl.program_id(0) % n_n
+    i_rest = tl.program_id(0) // n_n
+    i_m, i_rest = i_rest % n_m_tiles, i_rest // n_m_tiles
+    i_split, i_own = i_rest % n_splits, i_rest // n_splits
+    # The batches and heads that the values have of their own; where they are shared, the members are walked.
+    n_own_heads, n_own_inner = n_heads // n_heads_shared, n_inner // n_inner_shared
+    h_own, b_own = i_own % n_own_heads, i_own // n_own_heads
+    n_members = n_outer_shared * n_inner_shared * n_heads_shared
+    if ONE_ROW:
+        n_members *= n_m
+    first, last = n_members * i_split // n_splits, n_members * (i_split + 1) // n_splits
+    n_first = i_n * BLOCK_N
+    o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
+    b_d_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    to_log2 = unit * LOG2_E
+
+    for i_member in tl.range(first, last):
+        if ONE_ROW:
+            m_first, i_shared = i_member % n_m * BLOCK_M, i_member // n_m
+        else:
+            m_first, i_shared = i_m * BLOCK_M, i_member
+        i_h = (h_own + i_shared % n_heads_shared).to(tl.int64)
+        i_b = i_shared // n_heads_shared
+        i_i = (b_own % n_own_inner + i_b % n_inner_shared).to(tl.int64)
+        i_o = (b_own // n_own_inner + i_b // n_inner_shared).to(tl.int64)
+        i_bh = (i_o * n_inner + i_i) * n_heads + i_h
+        i_kv = i_h // group
+        o_row = m_first + tl.arange(0, BLOCK_M)
+        o_m = o_row[:, None]
+        diagonal_offset = diagonal(masks, i_o, i_i, offset)
+        n_keys = first_key_beyond(masks, i_o, i_i, n_k)
+        b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
+        b_q_columns = b_q
+        if RANK > 0 and RANK == CHUNK:
+            b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
+        b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
+        b_s = products(
+            b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
+            m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
+        )  # fmt: skip
+        b_s = add_pointwise(
+            b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
+            SYMMETRIC, True, True,
+        )  # fmt: skip
+        b_s = mask_scores(
+            b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True
+        )
+        b_lse, b_delta = load_statistics(lse, delta, i_bh, o_row, n_q)
+        b_p = tl.exp2(b_s * to_log2 - b_lse[:, None])
+        b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
+        b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
+        b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]
+        b_d_values += b_p * (b_dp - b_delta[:, None])
+
+    n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)
+    p_plane = d_values + (i_split * n_own + i_own).to(tl.int64) * (1 if ONE_ROW else n_q) * n_k
+    o_n = n_first + tl.arange(0, BLOCK_N)
+    if ONE_ROW:
+        tl.store(p_plane + o_n, tl.sum(b_d_values, 0), mask=o_n < n_k)
+    else:
+        o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        p_values = p_plane + o_m.to(tl.int64) * n_k + o_n[None, :]
+        tl.store(p_values, b_d_values, mask=(o_m < n_q) & (o_n[None, :] < n_k))

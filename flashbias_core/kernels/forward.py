@@ -1,0 +1,85 @@
+"""Attention, forward: one program for each tile of queries, walking over the keys with a running softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .terms import (
+    LOG2_E,
+    add_pointwise,
+    diagonal,
+    key_range,
+    load_chunk,
+    load_item,
+    load_rows,
+    mask_scores,
+    products,
+    program,
+    scaled,
+)
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "q_scale", "unit"])
+def forward_kernel(
+    q, k, v, out, lse, terms, masks,
+    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_q, BLOCK_M)
+    i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
+    m_first = (n_tiles - 1 - i_tile) * BLOCK_M  # under a causal mask the longest first
+    o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
+    offset = diagonal(masks, i_o, i_i, offset)
+    n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
+    # With given positions each row needs its own distance; by default that to the first row is enough for softmax.
+    ROWS: tl.constexpr = terms.q_positions is not None
+
+    b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
+    b_q_columns = b_q
+    if RANK > 0 and RANK == CHUNK:
+        b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_out = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
+    to_log2 = unit * LOG2_E
+
+    for phase in tl.static_range(2):
+        for n_first in tl.range(whole if phase == 1 else 0, end if phase == 1 else whole, BLOCK_N):
+            o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
+            b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
+            b_s = products(
+                b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
+                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
+            )  # fmt: skip
+            b_s = add_pointwise(
+                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                SYMMETRIC, ROWS, phase == 1,
+            )  # fmt: skip
+            b_s = mask_scores(
+                b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
+            )
+
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) * to_log2
+            b_p = tl.exp2(b_s * to_log2 - b_shift[:, None])
+            b_rescale = tl.exp2(b_max * to_log2 - b_shift)
+            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+            b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
+            b_out = b_out * b_rescale[:, None]
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)  # [M, N] @ [N, Cv]
+            b_max = b_new
+
+    b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max * unit + tl.log(b_sum))
+    if terms.slopes is not None and not SYMMETRIC and not ROWS:
+        # The scores were relative to the first row; the LSE is that of the true bias.
+        b_lse -= load_item(terms.slopes, i_o, i_i, i_h) * tl.arange(0, BLOCK_M)
+    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+
+    o_row = m_first + tl.arange(0, BLOCK_M)
+    tl.store(lse + i_bh * n_q + o_row, b_lse, mask=o_row < n_q)
+    o_c = tl.arange(0, WIDTH_V)[None, :]
+    tl.store(out + (i_bh * n_q + o_m) * C_V + o_c, b_out.to(out.dtype.element_ty), mask=(o_m < n_q) & (o_c < C_V))

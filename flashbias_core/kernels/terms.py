@@ -1,0 +1,251 @@
+"""What all kernels share: how a block is loaded, and what each term and mask does to a tile of scores.
+
+Scale is `q_scale * unit`: a power of two, which goes into the queries (or keys) exactly, and a number in [1, 2). The
+accumulator holds scores over `unit`, so that one multiplication by `unit * log2(e)` stands before `exp2`. Rows and
+columns come as index blocks, `[M, 1]` and `[1, N]` or the other way round, so that the same functions serve tiles of
+either orientation.
+
+Names: `i_` program index, `o_` offsets, `p_` pointers, `b_` block in registers, `n_` sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Block(NamedTuple):
+    """A tensor as kernels see it: where it starts, and its strides over outer batch, inner batch, head and row.
+
+    A stride of zero broadcasts. The last dimension, where there is one, is contiguous.
+    """
+
+    ptr: Any
+    stride: tuple[int, int, int, int]
+
+
+class Terms(NamedTuple):
+    """The terms of the bias, None where there is none. Factor columns may be over `unit`."""
+
+    q_columns: Block | None
+    k_columns: Block | None
+    slopes: Block | None
+    q_positions: Block | None
+    k_positions: Block | None
+    values: Block | None
+
+
+class Masks(NamedTuple):
+    """The masks, None where there is none."""
+
+    offsets: Block | None
+    lengths: Block | None
+    q_ids: Block | None
+    k_ids: Block | None
+    allowed: Block | None
+
+
+@triton.jit
+def start_of(x, i_o, i_i, i_h):
+    return x.ptr + i_o * x.stride[0] + i_i * x.stride[1] + i_h * x.stride[2]
+
+
+@triton.jit
+def load_rows(
+    x, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows `first ...` of `x`, `[BLOCK, WIDTH]`; zero beyond `n_rows` (where CHECK) and beyond C features."""
+    # Only the start is computed in 64 bits: within a block 32 do.
+    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.stride[3]
+    o_row = tl.arange(0, BLOCK)[:, None]
+    o_c = tl.arange(0, WIDTH)[None, :]
+    p_x += o_row * x.stride[3] + o_c
+    if CHECK:
+        if C == WIDTH:
+            return tl.load(p_x, mask=first + o_row < n_rows, other=0.0)
+        return tl.load(p_x, mask=(first + o_row < n_rows) & (o_c < C), other=0.0)
+    if C == WIDTH:
+        return tl.load(p_x)
+    return tl.load(p_x, mask=o_c < C, other=0.0)
+
+
+@triton.jit
+def load_chunk(x, i_chunk, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHECK: tl.constexpr):
+    """Rows `first ...` and factor columns `i_chunk * CHUNK ...` of `x`, `[BLOCK, CHUNK]`."""
+    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.stride[3]
+    o_row = tl.arange(0, BLOCK)[:, None]
+    p_x += o_row * x.stride[3] + i_chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+    if CHECK:
+        return tl.load(p_x, mask=first + o_row < n_rows, other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def products(
+    b_left, b_right, b_left_columns, left_columns, right_columns, i_o, i_i, i_h,
+    left_first, right_first, n_left, n_right, unit,
+    BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile from its matrix products: of the factor columns, then of queries and keys.
+
+    Left and right are queries and keys, or keys and queries. `b_left_columns` are the left columns where one chunk
+    holds them all, loaded once by the caller. CHECK: the right side may cross its end.
+    """
+    b_s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
+    if RANK > 0:
+        for i_chunk in tl.static_range(0, RANK // CHUNK):
+            if RANK > CHUNK:
+                b_left_columns = load_chunk(
+                    left_columns, i_chunk, i_o, i_i, i_h, left_first, n_left, BLOCK_LEFT, CHUNK, True
+                )
+            b_columns = load_chunk(
+                right_columns, i_chunk, i_o, i_i, i_h, right_first, n_right, BLOCK_RIGHT, CHUNK, CHECK
+            )
+            b_s = tl.dot(b_left_columns, tl.trans(b_columns), b_s, input_precision=PRECISION)  # [L, R] @ [R, R']
+        if not FOLDED:
+            b_s *= 1 / unit
+    return tl.dot(b_left, tl.trans(b_right), b_s, input_precision=PRECISION)  # [L, C] @ [C, R']
+
+
+@triton.jit
+def scaled(b_x, q_scale):
+    """A block times a power of two, exactly, in its own dtype."""
+    return (b_x.to(tl.float32) * q_scale).to(b_x.dtype)
+
+
+@triton.jit
+def program(n_tiles, n_inner, n_heads, group):
+    """Tile, flat batch-head, outer, inner, head and key head of a program of a grid over (batch, head, tile)."""
+    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i_h, i_b = i_bh % n_heads, i_bh // n_heads
+    return tl.program_id(0) % n_tiles, i_bh, i_b // n_inner, i_b % n_inner, i_h, i_h // group
+
+
+@triton.jit
+def load_item(x, i_o, i_i, i_h):
+    return tl.load(start_of(x, i_o, i_i, i_h))
+
+
+@triton.jit
+def load_vector(x, i_o, i_i, o_row, n_rows, other):
+    """Entries `o_row` of a vector without heads, in the shape of `o_row`."""
+    return tl.load(
+        x.ptr + i_o * x.stride[0] + i_i * x.stride[1] + o_row * x.stride[3], mask=o_row < n_rows, other=other
+    )
+
+
+@triton.jit
+def first_key_beyond(masks, i_o, i_i, n_k):
+    """The number of keys that may be read."""
+    if masks.lengths is not None:
+        n_k = tl.minimum(load_item(masks.lengths, i_o, i_i, 0).to(tl.int32), n_k)
+    return n_k
+
+
+@triton.jit
+def diagonal(masks, i_o, i_i, offset):
+    """The offset of the causal diagonal, and of the queries' positions."""
+    if masks.offsets is not None:
+        offset = load_item(masks.offsets, i_o, i_i, 0).to(tl.int32)
+    return offset
+
+
+@triton.jit
+def key_range(
+    masks, i_o, i_i, m_first, n_k, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """For a tile of queries: the number of keys there are, and the keys to visit.
+
+    Keys [0, whole) need neither their number nor the diagonal checked; [whole, end) do.
+    """
+    n_keys = first_key_beyond(masks, i_o, i_i, n_k)
+    end = n_keys
+    whole = n_keys
+    if CAUSAL:
+        end = tl.minimum(end, m_first + BLOCK_M + offset)
+        whole = tl.minimum(whole, m_first + offset + 1)
+    return n_keys, tl.maximum(whole, 0) // BLOCK_N * BLOCK_N, tl.maximum(end, 0)
+
+
+@triton.jit
+def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr):
+    """`p_j - p_i` in fp32, or `-|p_j - p_i|`.
+
+    Positions are taken relative to that of query `m_first` while they are still integers: small differences of large
+    numbers stay exact. Without ROWS, relative to that query instead of each row's own: softmax does not see it.
+    """
+    if terms.q_positions is None:
+        b_n = (o_n - (m_first + offset)).to(tl.float32)
+        b_m = (o_m - m_first).to(tl.float32)
+    else:
+        p_first = terms.q_positions.ptr + i_o * terms.q_positions.stride[0] + i_i * terms.q_positions.stride[1]
+        first = tl.load(p_first + m_first * terms.q_positions.stride[3])
+        b_n = (load_vector(terms.k_positions, i_o, i_i, o_n, n_k, 0) - first).to(tl.float32)
+        b_m = (load_vector(terms.q_positions, i_o, i_i, o_m, n_q, 0) - first).to(tl.float32)
+    if SYMMETRIC:
+        return -tl.abs(b_n - b_m)
+    if ROWS:
+        return b_n - b_m
+    return b_n
+
+
+@triton.jit
+def load_pairs(x, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_k, CHECK: tl.constexpr, other):
+    """A tile of a matrix over pairs, in the shape of `o_m + o_n`."""
+    stride = x.stride[3]
+    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(m_first, tl.int64) * stride + n_first
+    # Rows beyond the last are read from the last: a mask along rows would cost more than it saves.
+    p_x += (tl.minimum(o_m, n_q - 1) - m_first) * stride + (o_n - n_first)
+    if CHECK:
+        return tl.load(p_x, mask=o_n < n_k, other=other)
+    return tl.load(p_x)
+
+
+@triton.jit
+def mask_scores(
+    b_s,
+    masks,
+    i_o,
+    i_i,
+    i_h,
+    o_m,
+    o_n,
+    m_first,
+    n_first,
+    n_q,
+    n_keys,
+    offset,
+    CAUSAL: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Scores with -inf where a query may not attend. CHECK: this tile may cross the diagonal or the last key."""
+    if CHECK:
+        b_s = tl.where(o_n < n_keys, b_s, float("-inf"))
+        if CAUSAL:
+            b_s = tl.where(o_n <= o_m + offset, b_s, float("-inf"))
+    if masks.q_ids is not None:
+        b_q = load_vector(masks.q_ids, i_o, i_i, o_m, n_q, -1)
+        b_k = load_vector(masks.k_ids, i_o, i_i, o_n, n_keys, -1)
+        b_s = tl.where((b_q == b_k) & (b_q != -1), b_s, float("-inf"))
+    if masks.allowed is not None:
+        b_allowed = load_pairs(masks.allowed, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0)
+        b_s = tl.where(b_allowed != 0, b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def add_pointwise(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                  SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+    """Scores with the terms that are added entry by entry: slopes times distances, and values."""
+    if terms.slopes is not None:
+        slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
+        b_s += slope * distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, ROWS)
+    if terms.values is not None:
+        b_values = load_pairs(terms.values, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0.0)
+        b_s += b_values.to(tl.float32) * (1 / unit)
+    return b_s

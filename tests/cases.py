@@ -312,7 +312,7 @@ def _poison(name: str, leaf: Tensor, lengths: Tensor, case: Case) -> Tensor:
     for dim, size in enumerate(batch[len(batch) - len(case.batch) :]):
         if size == 1:
             beyond = beyond.all(dim, keepdim=True)
-    beyond = beyond.view(*leaf.shape[:-own], *(1,) * (own - 2), case.n_k)
+    beyond = beyond.view(*leaf.shape[:-own], *(1,) * (min(own, leaf.dim()) - 2), case.n_k)
     return leaf.masked_fill(beyond[..., None, :] if name.startswith("values") else beyond[..., None], torch.nan)
 
 

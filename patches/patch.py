@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from .errors import HostMissingError, PatchError, SignatureChangedError, TargetMissingError
@@ -109,7 +110,7 @@ class Seam:
     def put(self) -> None:
         """Put the replacement in. Plain `setattr`: torch.compile does not see through wrapt's function wrappers."""
         if self.patch.keep_as is not None:
-            setattr(self.owner, self.patch.keep_as, self.original)
+            setattr(self.owner, self.patch.keep_as, _renamed(self.original, self.patch.keep_as))
         setattr(self.owner, self.name, self.installed)
 
     def restore(self) -> None:
@@ -121,3 +122,15 @@ class Seam:
                 setattr(self.owner, self.name, self.original)
         if self.patch.keep_as is not None and self.patch.keep_as in vars(self.owner):
             delattr(self.owner, self.patch.keep_as)
+
+
+def _renamed(original: Any, name: str) -> Any:
+    """The same function under another name. TorchScript compiles a method under the name that its function carries."""
+    if not isinstance(original, FunctionType):
+        return original
+    copy = FunctionType(original.__code__, original.__globals__, name, original.__defaults__, original.__closure__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    copy.__annotations__ = original.__annotations__
+    copy.__doc__, copy.__module__, copy.__qualname__ = original.__doc__, original.__module__, original.__qualname__
+    copy.__dict__.update(original.__dict__)
+    return copy

@@ -97,14 +97,13 @@ def test_apply_imports_the_host(stand_in):
 
 def test_original_is_kept_for_the_replacement(stand_in):
     host = stand_in()
-    original = host.load().Host.method
 
     def hand_on(self, x, y=1):
         return self.before(x, y)
 
     patches = PatchSet(Patch(host.target("Host.method"), hand_on, ("self", "x", "y"), keep_as="before"))
     patches.apply()
-    assert host.load().Host.before is original
+    assert host.load().Host.before.__name__ == "before", "TorchScript goes by this name"
     assert host.load().Host().method(5) == ("method", 5, 1)
     patches.revert()
     assert not hasattr(host.load().Host, "before")
@@ -263,7 +262,7 @@ def test_third_party_below_is_kept(stand_in):
     cls.method = theirs
     patches = PatchSet(method_patch(host, keep_as="before"))
     with patches:
-        assert cls.before is theirs
+        assert cls().before(1) == ("theirs", ("method", 1, 1))
     assert cls.method is theirs
 
 
@@ -277,7 +276,7 @@ def test_originals_put_back_by_somebody_else_do_not_confuse(stand_in):
     assert not patches.is_applied()
     assert patches.apply() is True
     assert cls.method is new_method
-    assert cls.before is original
+    assert cls().before(1) == ("method", 1, 1)
     patches.revert()
     assert cls.method is original
     assert not hasattr(cls, "before")

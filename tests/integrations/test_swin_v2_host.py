@@ -1,0 +1,311 @@
+"""SwinV2: the patch in its host. When it runs, when it hands over, and how it is taken out."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+from flashbias.integrations import verify
+from flashbias.integrations.integration import ConfigurationError
+from flashbias.patches import PatchedOnTopError, SignatureChangedError, UnsupportedVersionError
+
+from .conftest import DEVICE
+
+BLOCKS = 4
+
+
+@pytest.fixture
+def image():
+    return torch.randn(2, 1, 32, 32, device=DEVICE)
+
+
+@pytest.fixture
+def calls(swin_v2, monkeypatch):
+    """A list that gets an entry whenever the replacement calls the operator."""
+    made = []
+    operator = swin_v2.biased_attention
+
+    def counting(*args, **kwargs):
+        made.append(1)
+        return operator(*args, **kwargs)
+
+    monkeypatch.setattr(swin_v2, "biased_attention", counting)
+    return made
+
+
+class Graphs:
+    """A backend that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph_module, inputs):
+        self.graphs.append(graph_module.graph)
+        return graph_module.forward
+
+    def count(self, name):
+        return [sum(name in str(node.target) for node in graph.nodes) for graph in self.graphs]
+
+
+def test_replacement_is_called_in_eager_mode(swin_v2, make_model, image, calls):
+    model = make_model()
+    with torch.no_grad():
+        model(image)
+    assert len(calls) == BLOCKS
+    swin_v2.revert()
+    model(image)
+    assert len(calls) == BLOCKS
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_replacement_is_called_under_compile(swin_v2, stock, make_model, image, training):
+    model = make_model().train(training)
+    backend = Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    ours = compiled(image)
+    assert backend.count("flashbias") == [BLOCKS]
+    assert backend.count("softmax") == [0]
+    with stock():
+        torch.testing.assert_close(ours, model(image), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_model_sees_patch_and_revert(swin_v2, make_model, image):
+    model = make_model()
+    backend = Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for switch in (swin_v2.revert, swin_v2.apply, swin_v2.revert):
+            switch()
+            compiled(image)
+            compiled(image)
+    assert backend.count("flashbias") == [0, BLOCKS, 0]
+
+
+def test_compiled_model_follows_the_weights(swin_v2, make_model, image):
+    model, other = make_model(), make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        compiled(image)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(compiled(image), other(image))
+
+
+def test_compiled_training_through_autograd(swin_v2, make_model, image):
+    model = make_model().train()
+    model(image).square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(image).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_compiled_autocast(swin_v2, make_model, image):
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        torch.testing.assert_close(compiled(image), model(image))
+
+
+def test_other_batch_sizes_do_not_recompile(swin_v2, make_model):
+    backend = Graphs()
+    compiled = torch.compile(make_model(), fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for images in (2, 3, 7):
+            compiled(torch.randn(images, 1, 32, 32, device=DEVICE))
+    assert len(backend.graphs) == 1
+
+
+def test_export(swin_v2, make_model, image):
+    model = make_model()
+    with torch.no_grad():
+        program = torch.export.export(model, (image,))
+        assert sum("flashbias" in str(node.target) for node in program.graph.nodes) == BLOCKS
+        torch.testing.assert_close(program.module()(image), model(image))
+
+
+@pytest.mark.parametrize("tracer", ["jit.script", "jit.trace", "fx.symbolic_trace"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_older_tracers_find_the_code_of_timm(swin_v2, stock, make_model, image, tracer):
+    model = make_model()
+    with torch.no_grad():
+        with stock():
+            expected = model(image)
+        if tracer == "jit.script":
+            traced = torch.jit.script(model)
+        elif tracer == "jit.trace":
+            traced = torch.jit.trace(model, image)
+        else:
+            traced = torch.fx.symbolic_trace(model)
+        assert torch.equal(traced(image), expected)
+
+
+def test_revert_gives_back_the_identical_code(swin_v2, host, make_model, image):
+    swin_v2.revert()
+    before = dict(vars(host.WindowAttention))
+    model = make_model()
+    expected = model(image)
+    swin_v2.apply()
+    assert swin_v2.is_applied()
+    assert vars(host.WindowAttention)["forward"] is swin_v2.forward
+    assert not torch.equal(model(image), expected), "another order of summation shows in the last bits"
+    swin_v2.revert()
+    assert not swin_v2.is_applied()
+    after = dict(vars(host.WindowAttention))
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert torch.equal(model(image), expected)
+
+
+def test_disabled_by_the_environment(swin_v2, host, monkeypatch):
+    swin_v2.revert()
+    monkeypatch.setenv("FLASHBIAS_DISABLE", "1")
+    assert swin_v2.apply() is False
+    assert not swin_v2.is_applied()
+    assert host.WindowAttention.forward.__module__ == host.__name__
+
+
+def test_unsupported_version_is_refused(swin_v2, host, monkeypatch):
+    swin_v2.revert()
+    monkeypatch.setattr(metadata, "version", lambda name: "0.9.16")
+    with pytest.raises(UnsupportedVersionError, match=r"timm 0\.9\.16"):
+        swin_v2.apply()
+    assert host.WindowAttention.forward.__module__ == host.__name__
+
+
+def test_changed_signature_is_refused(swin_v2, host, monkeypatch):
+    swin_v2.revert()
+
+    def forward(self, x, mask=None, rope=None):
+        return x
+
+    monkeypatch.setattr(host.WindowAttention, "forward", forward)
+    with pytest.raises(SignatureChangedError, match="rope"):
+        swin_v2.apply()
+    assert host.WindowAttention.forward is forward
+
+
+def test_third_party_on_top_is_not_undone(swin_v2, host, make_model, image, monkeypatch):
+    with monkeypatch.context() as context:
+        ours = host.WindowAttention.forward
+        theirs = lambda self, x, mask=None: ours(self, x, mask) * 2  # noqa: E731 - as a third party would
+        context.setattr(host.WindowAttention, "forward", theirs)
+        with pytest.raises(PatchedOnTopError):
+            swin_v2.revert()
+        assert host.WindowAttention.forward is theirs
+        make_model()(image)
+    assert swin_v2.revert()
+
+
+def mask_of_another_kind(model, image):
+    attention = model.layers[0].blocks[0].attn
+    x, mask = torch.randn(4, 16, 16, device=DEVICE), torch.randn(2, 16, 16, device=DEVICE)
+    return attention(x, mask)
+
+
+def with_a_hook_on_the_weights(model, image):
+    seen = []
+    handle = model.layers[0].blocks[0].attn.attn_drop.register_forward_hook(lambda m, args, out: seen.append(out))
+    result = model(image)
+    handle.remove()
+    assert seen[0].shape == (2 * 16, 2, 16, 16)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "reason"),
+    [
+        ({"attn_drop_rate": 0.5}, lambda model, image: model.train()(image), "attention dropout in training"),
+        ({}, lambda model, image: model.double()(image.double()), "torch.float64"),
+        ({}, mask_of_another_kind, "a mask that is not one of a shifted window"),
+        ({}, with_a_hook_on_the_weights, "a hook on the attention weights"),
+    ],
+    ids=["dropout", "float64", "mask", "hook"],
+)
+def test_what_is_not_covered_is_handed_over_and_said_once(
+    swin_v2, stock, make_model, image, caplog, options, call, reason
+):
+    model = make_model(**options)
+    state = torch.get_rng_state()
+    with stock():
+        expected = call(model, image)
+    for _ in range(2):
+        torch.set_rng_state(state)
+        torch.testing.assert_close(call(model, image), expected, rtol=1e-4, atol=1e-4)
+    assert sum(reason in record.message for record in caplog.records) == 1
+
+
+def test_dropout_is_handed_over_under_compile_too(swin_v2, make_model, image, caplog):
+    backend = Graphs()
+    torch.compile(make_model(attn_drop_rate=0.5).train(), fullgraph=True, backend=backend)(image)
+    assert backend.count("flashbias") == [0]
+    assert sum("attention dropout in training" in record.message for record in caplog.records) == 1
+
+
+def test_dropout_in_evaluation_is_covered(swin_v2, make_model, image, calls):
+    make_model(attn_drop_rate=0.5)(image)
+    assert len(calls) == BLOCKS
+
+
+def test_configure(swin_v2, make_model, image):
+    swin_v2.configure(mode="exact")
+    with pytest.raises(ConfigurationError, match=r"'rough'.*'exact'"):
+        swin_v2.configure(mode="rough")
+
+
+def test_verify_reports_each_layer(swin_v2, make_model, image, monkeypatch, capsys, calls):
+    monkeypatch.setenv("FLASHBIAS_VERIFY", "1")
+    model = make_model(proj_drop_rate=0.3).train()
+    for _ in range(2):
+        state = torch.get_rng_state()
+        verified = model(image)
+        torch.set_rng_state(state)
+    found = verify.differences()
+    assert [(entry.layer, entry.calls) for entry in found] == [(f"WindowAttention {n}", 2) for n in range(BLOCKS)]
+    assert all(0 < entry.difference < 1e-4 for entry in found)
+    assert all(entry.largest > 1e-2 for entry in found)
+    assert len(calls) == 2 * BLOCKS
+    verify.report()
+    assert "WindowAttention 3" in capsys.readouterr().err
+
+    monkeypatch.delenv("FLASHBIAS_VERIFY")
+    if DEVICE == "cpu":
+        assert torch.equal(model(image), verified), "dropout draws the same numbers with and without"
+
+
+def test_verify_shows_a_wrong_result(swin_v2, make_model, image, monkeypatch):
+    monkeypatch.setenv("FLASHBIAS_VERIFY", "1")
+    monkeypatch.setattr(swin_v2, "_bias", lambda module, dtype: torch.zeros(1, 1, 1, device=DEVICE).expand(1, 16, 16))
+    with torch.no_grad():
+        make_model()(image)
+    assert max(entry.difference for entry in verify.differences()) > 0.05
+
+
+LATER = """
+import sys, warnings
+warnings.simplefilter("error", UserWarning)
+import flashbias.integrations.swin_v2 as swin_v2
+assert "timm" not in sys.modules and not swin_v2.is_applied()
+from flashbias.integrations._torchvision import make_importable
+make_importable()
+import timm.models.swin_transformer_v2 as host
+print(swin_v2.is_applied(), host.WindowAttention.forward.__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "True flashbias.integrations.swin_v2"),
+        ({"FLASHBIAS_DISABLE": "1"}, "False timm.models.swin_transformer_v2"),
+    ],
+    ids=["enabled", "disabled"],
+)
+def test_timm_is_patched_when_it_is_imported_later(host, environment, expected):
+    process = subprocess.run(
+        [sys.executable, "-c", LATER], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert process.stdout.strip() == expected, process.stderr

@@ -1,6 +1,8 @@
 """SwinV2: what the replacement computes, against timm's own code on the same weights."""
 
 import copy
+import functools
+import inspect
 import io
 import pickle
 
@@ -65,7 +67,8 @@ def test_options_of_the_attention(host, swin_v2, stock, options):
 
 
 def test_separate_bias_of_the_projection(host, swin_v2, stock):
-    attention = give_structure(host.WindowAttention(32, (4, 4), 4, qkv_bias_separate=True)).to(DEVICE)
+    attention = give_structure(host.WindowAttention(32, (4, 4), 4)).to(DEVICE)
+    attention.qkv_bias_separate = True
     x = torch.randn(5, 16, 32, device=DEVICE)
     with stock():
         oracle, timm = run(attention, x, None, dtype=torch.float64), run(attention, x, None)
@@ -117,7 +120,9 @@ def test_segments_are_the_mask_bit_for_bit(host, swin_v2, window):
     assert torch.equal(ids[:, :, None] != ids[:, None, :], block.attn_mask != 0)
 
 
-def test_images_of_any_size(swin_v2, stock, make_model):
+def test_images_of_any_size(host, swin_v2, stock, make_model):
+    if "dynamic_img_size" not in inspect.signature(host.SwinTransformerV2).parameters:
+        pytest.skip("this timm takes images of one size")
     model = make_model(dynamic_img_size=True)
     for size in ((32, 32), (48, 32)):
         image = torch.randn(2, 1, *size, device=DEVICE)
@@ -128,14 +133,15 @@ def test_images_of_any_size(swin_v2, stock, make_model):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(host, swin_v2, make_model, monkeypatch, reentrant):
+def test_activation_checkpointing(swin_v2, make_model, reentrant):
     image = torch.randn(2, 1, 32, 32, device=DEVICE)
     model = make_model().train()
     model(image).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    model.set_grad_checkpointing()
-    monkeypatch.setattr(host, "checkpoint", lambda f, *args: checkpoint.checkpoint(f, *args, use_reentrant=reentrant))
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.forward = functools.partial(checkpoint.checkpoint, block.forward, use_reentrant=reentrant)
     model(image).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
@@ -188,10 +194,12 @@ def test_table_is_made_once_until_the_weights_change(swin_v2, stock, make_model,
     model.layers[0].blocks[0].attn.cpb_mlp[2].weight.data.mul_(2)
     swin_v2.forget(model)
     assert_fresh(4)
-    model.set_input_size((64, 64), window_size=8)
-    assert_fresh(4, torch.randn(1, 1, 64, 64, device=DEVICE))
+    if hasattr(model, "set_input_size"):  # newer than timm 1.0.3
+        model.set_input_size((64, 64), window_size=8)
+        image = torch.randn(1, 1, 64, 64, device=DEVICE)
+        assert_fresh(4, image)
     model.to(torch.bfloat16)
-    assert_fresh(4, torch.randn(1, 1, 64, 64, device=DEVICE, dtype=torch.bfloat16))
+    assert_fresh(4, image.bfloat16())
 
 
 def test_training_does_not_keep_tables(swin_v2, make_model, made):

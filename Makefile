@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup test test-slow demo lint format typecheck clean
+.PHONY: help setup test test-slow test-lowest demo lint format typecheck clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1	\2/p' Makefile | expand -t 12
@@ -29,6 +29,13 @@ test: $(READY)  ## run all tests but those marked slow
 test-slow: $(READY)  ## run all tests, slow ones too; meant for a machine with a GPU
 	$(BIN)/pytest -n $(WORKERS) -m "slow or not slow" $(PYTEST_ARGS)
 
+# The lower bounds of setup.cfg, turned into pins. pip takes a torch of that version as it finds it, most likely with CUDA.
+test-lowest:  ## run the tests on the lowest versions that setup.cfg allows, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	sed -nE 's/^(.*[ =])?([a-z][a-z-]*)>=([0-9.]+).*/\2==\3/p' setup.cfg > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
+	.venv-lowest/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
 demo: $(READY)  ## train a small SwinV2, run it stock and patched, compare
 	$(BIN)/flashbias demo
 
@@ -47,4 +54,4 @@ typecheck: $(READY)  ## check types on the built wheel
 	MYPYPATH=.typecheck $(BIN)/mypy -p flashbias
 
 clean:  ## remove .venv and all that was built
-	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-lowest .typecheck .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

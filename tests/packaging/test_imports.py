@@ -109,3 +109,8 @@ def test_what_is_imported_is_declared(package: str, sources: dict[str, Path], se
         if level == 0 and module.partition(".")[0] not in declared | set(sys.stdlib_module_names)
     ]
     assert not undeclared
+
+
+def test_nothing_is_required_in_vain(sources: dict[str, Path], setup: configparser.ConfigParser) -> None:
+    imported = {module.partition(".")[0] for path in sources.values() for _, module, _ in imports(path)}
+    assert provided(setup["options"]["install_requires"]) <= imported

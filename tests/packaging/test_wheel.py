@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import flashbias
 
-BUILD_SDIST = "import setuptools.build_meta as build; build.build_sdist('dist')"
+BUILD = "import sys, setuptools.build_meta as build; getattr(build, sys.argv[1])('made')"
 IMPORT_ALL = """
 import importlib, sys
 from flashbias.integrations._torchvision import make_importable
@@ -49,8 +49,8 @@ def tree(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sdist(tree: Path) -> Path:
     """The source distribution, unpacked."""
-    run(sys.executable, "-c", BUILD_SDIST, cwd=tree)
-    (archive,) = (tree / "dist").iterdir()
+    run(sys.executable, "-c", BUILD, "build_sdist", cwd=tree)
+    (archive,) = (tree / "made").iterdir()
     with tarfile.open(archive) as files:
         files.extractall(tree / "unpacked", filter="data")
     (unpacked,) = (tree / "unpacked").iterdir()
@@ -60,9 +60,8 @@ def sdist(tree: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path) -> Iterator[zipfile.ZipFile]:
     """The wheel, built from the source distribution alone."""
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", "wheels")
-    run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=sdist)
-    (path,) = (sdist / "wheels").iterdir()
+    run(sys.executable, "-c", BUILD, "build_wheel", cwd=sdist)
+    (path,) = (sdist / "made").iterdir()
     with zipfile.ZipFile(path) as files:
         yield files
 

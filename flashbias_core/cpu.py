@@ -1,9 +1,9 @@
 """Attention on the CPU: blocks of queries against all their keys, in fp32, recomputed on the way back.
 
 Every tensor is viewed as `(*batch, Hkv, G, ...)` with G the query heads that share a key head, each dimension its own
-size or 1. The matrices of a part of (*batch, Hkv) are worked on together, some rows at a time, so that a block of scores
-stays in the cache. Factors stand beside query and key, and one product gives both scores and bias. Scores are in units
-of log(2): torch's exp2 takes a quarter of the time of its exp.
+size or 1. The matrices of a part of `(*batch, Hkv)` are worked on together, some rows at a time, so that a block of
+scores stays in the cache. Factors stand beside query and key, so that one product gives the scores and the bias.
+Scores are in units of log(2), because torch's exp2 takes a quarter of the time of its exp.
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ from .operands import Operands
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-# Scores in a block, for each thread, and the rows of a matrix in it where there are that many.
-BLOCK = 1 << 19
-ROWS = 64
+# Scores in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
+BLOCK = 1 << 20
+MAX_THREADS = 8
+ROWS = 128
+MIN_ROWS = 16
 
-# Dimensions of the operands behind those of batch and heads, or behind those of the batch.
-_OF_HEADS = {"q_factor": 2, "k_factor": 2, "slopes": 0, "values": 2, "allowed": 2}
+# The tensors of a call, and their dimensions behind those of the batch and the heads; those of the second group have no
+# heads. Slopes are given two dimensions more.
+_OF_HEADS = {"query": 2, "key": 2, "value": 2, "q_factor": 2, "k_factor": 2, "slopes": 2, "values": 2, "allowed": 2}
 _OF_BATCH = {"q_positions": 1, "k_positions": 1, "offsets": 0, "lengths": 0, "q_ids": 1, "k_ids": 1}
 
+_ALL = slice(None)
 
+
+# Inside autocast the products would be formed in half precision.
+@torch.autocast("cpu", enabled=False)
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
     """Output `(*batch, H, Nq, Cv)` in the dtype of query, and LSE `(*batch, H, Nq)` in fp32."""
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    heads = _Heads(query, key)
-    results = {"out": heads.view(out, 2), "lse": heads.view(lse, 1)}
-    for chunk, part in _parts(heads, query, key, value, operands, scale):
-        out_part, lse_part = (_narrow(result, chunk) for result in results.values())
+    for part in _parts(query, key, value, operands, scale, {"out": (out, 2), "lse": (lse, 1)}):
         for rows, n in part.blocks():
             weights = part.scores(rows, n, part.distance(rows, n))
             top, total = _exponentiate(weights)
-            # A row that attends somewhere has a total of 1 at least.
-            product = torch.bmm(part.fold(weights, part.value), part.value[:, :n]).view(*weights.shape[:-1], -1)
-            out_part[..., rows, :] = product.div_(total.clamp(min=1.0))
-            lse_part[..., rows] = total.log2_().add_(top).mul_(LN2).squeeze(-1)
+            product = _multiply(weights, part.value[..., :n, :])
+            # A row that attends anywhere has a total of at least 1.
+            part["out"][..., rows, :] = product.div_(total.clamp(min=1.0))
+            part["lse"][..., rows] = total.log2_().add_(top).mul_(LN2).squeeze(-1)
     return out, lse
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -58,44 +63,226 @@ def backward(
     scale: float,
     names: set[str],
 ) -> dict[str, Tensor]:
-    """Gradients in fp32 of the inputs with these names, in their shapes.
+    """Gradients in fp32 of the inputs of these names, in their shapes.
 
-    The weights are normalised anew from the recomputed scores, not from `lse`, and the row sums of `P dP` are taken
-    before any rounding, not from `out`: rounding errors of either would be multiplied by the bias' positions.
+    The weights and the row sums of `P dP` come from the recomputed scores and not from `lse` and `out`, whose
+    rounding errors the gradients of slopes and coordinates would multiply by distances.
     """
-    heads = _Heads(query, key)
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
-    gradients = {name: torch.zeros_like(inputs[name], dtype=torch.float32).contiguous() for name in names}
-    totals = {name: heads.view(gradient, _OF_HEADS.get(name, 2)) for name, gradient in gradients.items()}
-    grad_out = heads.view(grad_out, 2)
-    grad_lse = None if grad_lse is None else heads.view(grad_lse, 1)
-    for chunk, part in _parts(heads, query, key, value, operands, scale):
-        mine = {name: _narrow(total, chunk) for name, total in totals.items()}
-        d_out = _narrow(grad_out, chunk).float()
-        d_lse = None if grad_lse is None else _narrow(grad_lse, chunk)
-        part.backward(d_out, d_lse, mine, scale)
+    gradients = {name: inputs[name].new_zeros(inputs[name].shape, dtype=torch.float32) for name in names}
+    extra = {f"grad {name}": (_square(name, gradient), 2) for name, gradient in gradients.items()}
+    extra["grad out"] = grad_out, 2
+    if grad_lse is not None:
+        extra["grad lse"] = grad_lse, 1
+    c = query.shape[-1]
+    for part in _parts(query, key, value, operands, scale, extra):
+        d_key, d_value = torch.zeros_like(part.key), torch.zeros_like(part.value)
+        for rows, n in part.blocks():
+            distance = part.distance(rows, n)
+            weights = part.scores(rows, n, distance)
+            _, total = _exponentiate(weights)
+            weights.div_(total.clamp(min=1.0))
+            d_out = part["grad out"][..., rows, :].float()
+            if "value" in names:
+                _accumulate(d_value[..., :n, :], weights, d_out)
+            if names == {"value"}:
+                continue
+            d_scores = _multiply(d_out, part.value[..., :n, :].mT, part.space[1]).mul_(weights)
+            sums = d_scores.sum(-1, keepdim=True)
+            if grad_lse is not None:
+                sums -= part["grad lse"][..., rows, None]
+            d_scores.addcmul_(weights, sums, value=-1.0)
+            if names & {"query", "q_factor"}:
+                d_query = _multiply(d_scores, part.key[..., :n, :])
+                part.add("query", d_query[..., :c].mul_(scale), rows)
+                part.add("q_factor", d_query[..., c:], rows)
+            if names & {"key", "k_factor"}:
+                _accumulate(d_key[..., :n, :], d_scores, part.query[..., rows, :])
+            part.add("values", d_scores, rows, slice(n))
+            if "slopes" in names and distance is not None:
+                part.add("slopes", torch.mul(d_scores, distance, out=weights).sum((-2, -1), keepdim=True))
+        part.add("value", d_value)
+        part.add("key", d_key[..., :c].mul_(LN2))
+        part.add("k_factor", d_key[..., c:].mul_(LN2))
     return gradients
 
 
-class _Heads:
-    """The dimensions in front."""
+class _Part:
+    """Some of the matrices of a call: `part[name]` are views of its tensors; query, key and value copies in fp32.
 
-    def __init__(self, query: Tensor, key: Tensor) -> None:
-        self.kv_heads = key.shape[-3]
-        self.group = query.shape[-3] // max(self.kv_heads, 1)
-        self.batch = query.shape[:-3]
+    query: `(..., G, Nq, C + R)`, times scale * log2(e). key: `(..., G or 1, Nk, C + R)`. value: `(..., 1, Nk, Cv)`.
+    space: `(2, scores of a block)`.
+    """
 
-    def view(self, tensor: Tensor, behind: int, has_heads: bool = True) -> Tensor:
-        """`(*batch, H, ...)` or `(*batch, ...)` as `(*batch, Hkv, G, ...)`, missing dimensions as 1."""
-        front = tensor.dim() - behind
-        if has_heads and front > 0:
-            sizes = (
-                (1, 1) if tensor.shape[front - 1] == 1 != self.kv_heads * self.group else (self.kv_heads, self.group)
-            )
-            if tensor.shape[front - 1] == self.kv_heads != self.kv_heads * self.group:
-                sizes = (self.kv_heads, 1)
-            tensor = tensor.unflatten(front - 1, sizes)
-        else:
-            tensor = tensor[(slice(None),) * front + (None, None)]
-        missing = len(self.batch) + 2 + behind - tensor.dim()
-        return tensor[(None,) * missing]
+    def __init__(self, tensors: dict[str, Tensor], operands: Operands, scale: float, space: Tensor) -> None:
+        self.tensors, self.operands, self.space = tensors, operands, space
+        self.device, self.n_k = space.device, tensors["key"].shape[-2]
+        self.positions = torch.arange(self.n_k, device=self.device)
+        self.offset = torch.tensor(operands.offset, device=self.device)
+        if "offsets" in tensors:
+            self.offset = tensors["offsets"].long()
+        if "lengths" in tensors:
+            # Nothing may come of what stands beyond the lengths, also not 0 * NaN.
+            lengths = tensors["lengths"][..., None]
+            inside = self.positions < lengths
+            for name in ("key", "value", "k_factor", "k_positions"):
+                if name in tensors:
+                    shown = inside if name == "k_positions" else inside[..., None]
+                    tensors[name] = torch.where(shown, tensors[name], 0)
+            self.n_k = min(self.n_k, int(lengths.max()))
+        self.query = tensors["query"].float() * (scale * LOG2E)
+        self.key, self.value = tensors["key"].float().contiguous(), tensors["value"].float().contiguous()
+        if "q_factor" in tensors:
+            self.query = _beside(self.query, tensors["q_factor"].float() * LOG2E)
+            self.key = _beside(self.key, tensors["k_factor"].float())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Slices of the rows, and up to which key they attend."""
+        matrices, n_q = math.prod(self.query.shape[:-2]), self.query.shape[-2]
+        step = max(1, self.space.shape[1] // (matrices * max(self.n_k, 1)))
+        last = int(self.offset.max())
+        for start in range(0, n_q, step):
+            stop = min(start + step, n_q)
+            n = min(self.n_k, stop + last) if self.operands.causal else self.n_k
+            if n > 0:
+                yield slice(start, stop), n
+
+    def diagonal(self, rows: slice) -> Tensor:
+        """`i + offset`, `(..., 1, 1, rows)` or `(rows,)`."""
+        return torch.arange(rows.start, rows.stop, device=self.device) + self.offset[..., None]
+
+    def distance(self, rows: slice, n: int) -> Tensor | None:
+        """`p_j - p_i`, or its negative absolute value, in fp32: differences of integers are exact."""
+        if "slopes" not in self.tensors:
+            return None
+        q_positions, k_positions = self.diagonal(rows), self.positions[:n]
+        if "q_positions" in self.tensors:
+            q_positions, k_positions = _wide(self["q_positions"][..., rows]), _wide(self["k_positions"][..., :n])
+        distance = (k_positions[..., None, :] - q_positions[..., :, None]).float()
+        return distance.abs().neg_() if self.operands.symmetric else distance
+
+    def scores(self, rows: slice, n: int, distance: Tensor | None) -> Tensor:
+        """Scores with bias and mask, `(..., G, rows, n)`, times log2(e)."""
+        scores = _multiply(self.query[..., rows, :], self.key[..., :n, :].mT, self.space[0])
+        if distance is not None:
+            scores.addcmul_(self["slopes"] * LOG2E, distance)
+        if "values" in self.tensors:
+            scores.add_(_block(self["values"], rows, slice(n)), alpha=LOG2E)
+        for allowed in self.masks(rows, n):
+            scores.masked_fill_(~allowed, -torch.inf)
+        return scores
+
+    def masks(self, rows: slice, n: int) -> Iterator[Tensor]:
+        """Booleans that broadcast to a block."""
+        positions = self.positions[:n]
+        if "allowed" in self.tensors:
+            yield _block(self["allowed"], rows, slice(n))
+        if "lengths" in self.tensors:
+            yield positions < self["lengths"][..., None, None]
+        if "q_ids" in self.tensors:
+            q_ids, k_ids = self["q_ids"][..., rows, None], self["k_ids"][..., None, :n]
+            yield (q_ids == k_ids) & (q_ids != -1)
+        if self.operands.causal:
+            yield positions <= self.diagonal(rows)[..., None]
+
+    def add(self, name: str, gradient: Tensor, rows: slice = _ALL, columns: slice = _ALL) -> None:
+        """Add to the gradient of this name, where it is wanted, summed over what was broadcast."""
+        if f"grad {name}" in self.tensors:
+            total = _block(self[f"grad {name}"], rows, columns)
+            total += gradient.sum_to_size(total.shape)
+
+
+def _parts(
+    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, extra: dict[str, tuple[Tensor, int]]
+) -> Iterator[_Part]:
+    """A call in parts; `extra` tensors come with their number of dimensions behind the heads."""
+    (*batch, heads, n_q, _), kv_heads, n_k = query.shape, key.shape[-3], key.shape[-2]
+    if query.shape[:-1].numel() == 0 or n_k == 0:
+        return
+    tensors = dict(extra)
+    for name, tensor in {"query": query, "key": key, "value": value, **vars(operands)}.items():
+        if isinstance(tensor, Tensor) and name in _OF_BATCH:
+            tensors[name] = tensor.unsqueeze(tensor.dim() - _OF_BATCH[name]), _OF_BATCH[name]
+        elif isinstance(tensor, Tensor):
+            tensors[name] = _square(name, tensor), _OF_HEADS[name]
+    views = {name: _view(tensor, behind, len(batch), kv_heads) for name, (tensor, behind) in tensors.items()}
+    row = heads // kv_heads * n_k
+    budget = max(BLOCK * min(torch.get_num_threads(), MAX_THREADS), MIN_ROWS * row)
+    space = query.new_empty((2, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=torch.float32)
+    for chunk in _chunks((*batch, kv_heads), budget // (row * min(n_q, ROWS))):
+        yield _Part({name: _narrow(view, chunk) for name, view in views.items()}, operands, scale, space)
+
+
+def _square(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, slopes as matrices of one entry."""
+    return tensor[..., None, None] if name == "slopes" else tensor
+
+
+def _view(tensor: Tensor, behind: int, batch: int, kv_heads: int) -> Tensor:
+    """`(*batch, H, ...)` as `(*batch, Hkv, G, ...)`, missing dimensions as 1."""
+    front = tensor.dim() - behind
+    if front == 0:
+        tensor, front = tensor[None], 1
+    size = tensor.shape[front - 1]
+    tensor = tensor.unflatten(front - 1, (kv_heads, size // kv_heads) if size % kv_heads == 0 else (1, 1))
+    return tensor[(None,) * (batch + 1 - front)]
+
+
+def _chunks(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut an array of these sizes into parts of at most so many entries, or of one."""
+    if not sizes:
+        yield ()
+        return
+    rest = math.prod(sizes[1:])
+    step = max(1, most // rest)
+    for start in range(0, sizes[0], step):
+        for others in [(_ALL,) * (len(sizes) - 1)] if rest <= most else _chunks(sizes[1:], most):
+            yield slice(start, min(start + step, sizes[0])), *others
+
+
+def _narrow(view: Tensor, chunk: tuple[slice, ...]) -> Tensor:
+    return view[tuple(_ALL if size == 1 else part for part, size in zip(chunk, view.shape, strict=False))]
+
+
+def _block(tensor: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Some rows and columns; all rows where there is one for all queries."""
+    return tensor[..., _ALL if tensor.shape[-2] == 1 else rows, columns]
+
+
+def _beside(first: Tensor, second: Tensor) -> Tensor:
+    """Two matrices side by side, in dimensions broadcast against each other."""
+    shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    return torch.cat([matrix.expand(*shape, matrix.shape[-1]) for matrix in (first, second)], -1)
+
+
+def _wide(positions: Tensor) -> Tensor:
+    """Positions in a dtype in which their differences are exact, or as good as can be."""
+    if positions.is_floating_point():
+        return positions if positions.dtype == torch.float64 else positions.float()
+    return positions.long()
+
+
+def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The powers of 2 in place, relative to each row's largest; that one, 0 where all are -inf, and the row's sum."""
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    return top, scores.sub_(top).exp2_().sum(-1, keepdim=True)
+
+
+def _multiply(left: Tensor, right: Tensor, space: Tensor | None = None) -> Tensor:
+    """`(..., G, M, K) @ (..., G or 1, K, N)` as `(..., G, M, N)`, in the space where one is given."""
+    matrices = right.flatten(0, -3)
+    rows = left.reshape(len(matrices), -1, left.shape[-1])
+    shape = (*left.shape[:-1], right.shape[-1])
+    out = None if space is None else space[: math.prod(shape)].view(len(matrices), -1, shape[-1])
+    return torch.bmm(rows, matrices, out=out).view(shape)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left^T @ right`, of `(..., G, M, K)` and `(..., G, M, N)`, to `(..., G or 1, K, N)`, summed over G there."""
+    matrices = total.flatten(0, -3)
+    rows = [tensor.reshape(len(matrices), -1, tensor.shape[-1]) for tensor in (left, right)]
+    matrices.baddbmm_(rows[0].mT, rows[1])

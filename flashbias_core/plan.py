@@ -70,12 +70,12 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values")."""
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
+    return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
+
+
+def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Mapping[str, Any]) -> Tiles:
+    """The tiles for a kernel's constants and `itemsize` bytes an element on a device of that compute capability."""
     width = max(constants["WIDTH"], constants["WIDTH_V"])
-    return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, width)
-
-
-def select(kind: str, capability: tuple[int, int], itemsize: int, width: int) -> Tiles:
-    """The tiles for head dims up to `width` of `itemsize` bytes on a device of that compute capability."""
     if itemsize == 4:
         return Tiles(64, 32, 4, 1) if width <= 64 else Tiles(32, 32, 4, 1)
     if kind == "forward":

@@ -45,23 +45,42 @@ def delta_kernel(
 
 
 @triton.jit
-def load_statistics(lse, delta, i_bh, o_row, n_q):
-    """LSE over log 2, +inf where a row attends nowhere, so that its probabilities are 0; and delta."""
+def load_statistics(lse, low, delta, i_bh, o_row, n_q, unit):
+    """LSE over unit, +inf where a row attends nowhere, so that its probabilities are 0; its low part; and delta."""
     b_lse = tl.load(lse + i_bh * n_q + o_row, mask=o_row < n_q, other=float("-inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
-    return b_lse, tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse / unit)
+    b_low = tl.zeros_like(b_lse)
+    if low is not None:
+        b_low = tl.load(low + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    return b_lse, b_low, tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+
+
+@triton.jit
+def probabilities(b_s, b_lse, b_low, unit, EXACT: tl.constexpr):
+    """Scores and LSE are near each other where it matters: their difference first, which is exact there."""
+    b_s = b_s - b_lse
+    if EXACT:
+        b_s -= b_low
+    return tl.exp2(b_s * (unit * LOG2_E))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
-    q, k, v, d_out, lse, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks,
+    q, k, v, d_out, d_lse, lse, low, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks,
     n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted."""
+    """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted.
+
+    delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1
+    and dLSE. Where the gradient is to be better than the dtype of the queries, this kernel takes the excess out of
+    what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to the kernels after it.
+    """
+    EXACT: tl.constexpr = low is not None
+    EXCESS: tl.constexpr = EXACT or GRADIENT_RANK > 0 or d_slopes is not None
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
     m_first = (n_tiles - 1 - i_tile) * BLOCK_M
@@ -75,14 +94,16 @@ def queries_kernel(
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
-    b_lse, b_delta = load_statistics(lse, delta, i_bh, o_row, n_q)
+    b_lse, _, b_delta = load_statistics(lse, None, delta, i_bh, o_row, n_q, unit)
     b_d_query = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     b_d_slopes = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
-    b_mean = tl.zeros([BLOCK_M], tl.float32)
+    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_mean_distance = tl.zeros([BLOCK_M], tl.float32)
+    b_mean_key = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     if GRADIENT_RANK > 0:
         b_d_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
-    to_log2 = unit * LOG2_E
+        b_mean_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
 
     for phase in tl.static_range(2):
         for n_first in tl.range(whole if phase == 1 else 0, end if phase == 1 else whole, BLOCK_N):
@@ -99,17 +120,22 @@ def queries_kernel(
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
             )
-            b_p = tl.exp2(b_s * to_log2 - b_lse[:, None])
+            b_p = probabilities(b_s, b_lse[:, None], 0.0, unit, False)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
             b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]
             b_ds = b_p * (b_dp - b_delta[:, None])
+            if EXCESS:
+                b_excess += tl.sum(b_ds, 1)
+            if EXACT:
+                b_total += tl.sum(b_p, 1)
             if d_slopes is not None:
                 b_distance = distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, True)
                 b_d_slopes += tl.sum(b_ds * b_distance, 1)
-                b_excess += tl.sum(b_ds, 1)
-                b_mean += tl.sum(b_p * b_distance, 1)
+                b_mean_distance += tl.sum(b_p * b_distance, 1)
             if d_query is not None:
                 b_d_query = tl.dot(b_ds.to(b_k.dtype), b_k, b_d_query, input_precision=PRECISION)  # [M, N] @ [N, C]
+                if EXACT:
+                    b_mean_key = tl.dot(b_p.to(b_k.dtype), b_k, b_mean_key, input_precision=PRECISION)
             if GRADIENT_RANK > 0:
                 b_columns = load_chunk(
                     gradient_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, GRADIENT_RANK, phase == 1
@@ -117,24 +143,38 @@ def queries_kernel(
                 b_d_columns = tl.dot(
                     b_ds.to(b_columns.dtype), b_columns, b_d_columns, input_precision=PRECISION
                 )  # [M, N] @ [N, R]
+                b_mean_columns = tl.dot(
+                    b_p.to(b_columns.dtype), b_columns, b_mean_columns, input_precision=PRECISION
+                )  # [M, N] @ [N, R]
 
+    b_share = tl.full([BLOCK_M], 1.0, tl.float32)
+    if EXACT:
+        b_share = tl.where(b_total > 0.0, 1.0 / b_total, 1.0)
+        b_excess *= b_share
+        tl.store(low + i_bh * n_q + o_row, -tl.log(b_share) / unit, mask=o_row < n_q)
+    if EXCESS:
+        if d_lse is not None:
+            b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+        tl.store(delta + i_bh * n_q + o_row, b_delta + b_excess, mask=o_row < n_q)
     p_row = i_bh * n_q + o_m
     if d_query is not None:
         o_c = tl.arange(0, WIDTH)[None, :]
+        if EXACT:
+            b_d_query = (b_d_query - b_excess[:, None] * b_mean_key) * b_share[:, None]
         b_d_query = b_d_query * (q_scale * unit)
         tl.store(d_query + p_row * C + o_c, b_d_query.to(d_query.dtype.element_ty), mask=(o_m < n_q) & (o_c < C))
     if GRADIENT_RANK > 0:
         o_r = tl.arange(0, GRADIENT_RANK)[None, :]
+        b_d_columns = (b_d_columns - b_excess[:, None] * b_mean_columns) * b_share[:, None]
         tl.store(d_columns + p_row * GRADIENT_RANK + o_r, b_d_columns, mask=o_m < n_q)
     if d_slopes is not None:
-        # delta comes from rounded outputs, so that rows of dS do not quite sum to zero: take P times the excess out.
-        b_d_slopes -= b_excess * b_mean
+        b_d_slopes = (b_d_slopes - b_excess * b_mean_distance) * b_share
         tl.store(d_slopes + i_bh * n_q + o_row, b_d_slopes, mask=o_row < n_q)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def keys_kernel(
-    q, k, v, d_out, lse, delta, d_key, d_value, d_columns, gradient_columns, terms, masks,
+    q, k, v, d_out, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks,
     n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -170,17 +210,27 @@ def keys_kernel(
     b_d_value = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
     if GRADIENT_RANK > 0:
         b_d_columns = tl.zeros([BLOCK_N, GRADIENT_RANK], tl.float32)
-    to_log2 = unit * LOG2_E
 
     for phase in tl.static_range(2):
         for m_first in tl.range(begin if phase == 0 else checked, checked if phase == 0 else n_q, BLOCK_M):
             o_row = m_first + tl.arange(0, BLOCK_M)
             o_m = o_row[None, :]
             b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
-            b_s = products(
-                b_k_scaled, b_q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h,
-                n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, RANK, CHUNK, FOLDED, PRECISION, True,
-            )  # fmt: skip
+            if low is None:
+                b_s = products(
+                    b_k_scaled, b_q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h,
+                    n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, RANK, CHUNK, FOLDED, PRECISION, True,
+                )  # fmt: skip
+            else:
+                # In fp32 the very products with which the statistics were improved, so that their errors cancel.
+                b_q_columns = b_q
+                if RANK > 0 and RANK == CHUNK:
+                    b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
+                b_s = products(
+                    b_q, b_k_scaled, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
+                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
+                )  # fmt: skip
+                b_s = tl.trans(b_s)
             b_s = add_pointwise(
                 b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
                 SYMMETRIC, True, phase == 0,
@@ -188,14 +238,17 @@ def keys_kernel(
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
             )
-            b_lse, b_delta = load_statistics(lse, delta, i_bh, o_row, n_q)
-            b_p = tl.exp2(b_s * to_log2 - b_lse[None, :])
+            b_lse, b_low, b_delta = load_statistics(lse, low, delta, i_bh, o_row, n_q, unit)
+            b_p = probabilities(b_s, b_lse[None, :], b_low[None, :], unit, low is not None)
             b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
             if d_value is not None:
                 b_d_value = tl.dot(
                     b_p.to(b_d_out.dtype), b_d_out, b_d_value, input_precision=PRECISION
                 )  # [N, M] @ [M, Cv]
-            b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)  # [N, Cv] @ [Cv, M]
+            if low is None:
+                b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)  # [N, Cv] @ [Cv, M]
+            else:
+                b_dp = tl.trans(tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION))
             b_ds = b_p * (b_dp - b_delta[None, :])
             if d_key is not None:
                 b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
@@ -220,7 +273,7 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
-    q, k, v, d_out, lse, delta, d_values, terms, masks,
+    q, k, v, d_out, lse, low, delta, d_values, terms, masks,
     n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
     n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
@@ -248,7 +301,6 @@ def values_kernel(
     n_first = i_n * BLOCK_N
     o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
     b_d_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    to_log2 = unit * LOG2_E
 
     for i_member in tl.range(first, last):
         if ONE_ROW:
@@ -281,8 +333,8 @@ def values_kernel(
         b_s = mask_scores(
             b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True
         )
-        b_lse, b_delta = load_statistics(lse, delta, i_bh, o_row, n_q)
-        b_p = tl.exp2(b_s * to_log2 - b_lse[:, None])
+        b_lse, b_low, b_delta = load_statistics(lse, low, delta, i_bh, o_row, n_q, unit)
+        b_p = probabilities(b_s, b_lse[:, None], b_low[:, None], unit, low is not None)
         b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
         b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
         b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]

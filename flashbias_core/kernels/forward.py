@@ -35,8 +35,8 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
-    # With given positions each row needs its own distance; by default that to the first row is enough for softmax.
-    ROWS: tl.constexpr = terms.q_positions is not None
+    # By default the distance to the tile's first row will do for softmax. Given positions may lie far apart.
+    ROWS: tl.constexpr = SYMMETRIC or terms.q_positions is not None
 
     b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
     b_q_columns = b_q
@@ -74,7 +74,7 @@ def forward_kernel(
             b_max = b_new
 
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max * unit + tl.log(b_sum))
-    if terms.slopes is not None and not SYMMETRIC and not ROWS:
+    if terms.slopes is not None and not ROWS:
         # The scores were relative to the first row; the LSE is that of the true bias.
         b_lse -= load_item(terms.slopes, i_o, i_i, i_h) * tl.arange(0, BLOCK_M)
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]

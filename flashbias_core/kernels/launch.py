@@ -127,25 +127,29 @@ def backward(
     call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel()
     delta = torch.empty_like(lse)
-    statistics = {"d_out": call.layout.block(grad_out), "lse": lse, "delta": delta}
+    low = torch.zeros_like(lse) if query.dtype == torch.float32 else None
+    d_lse = None if grad_lse is None else grad_lse.contiguous()
+    statistics = {"d_out": call.layout.block(grad_out), "lse": lse, "low": low, "delta": delta}
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         delta_kernel[(plan.cdiv(query.shape[-2], DELTA_ROWS) * rows,)](
-            statistics["d_out"], call.layout.block(out), None if grad_lse is None else grad_lse.contiguous(), delta,
+            statistics["d_out"], call.layout.block(out), d_lse, delta,
             query.shape[-2], call.layout.inner, query.shape[-3], C_V=out.shape[-1],
             WIDTH_V=call.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
-        if names & {"query", "slopes", "q_factor"}:
+        # First the queries' side, which improves the statistics for the others where their gradients need it.
+        if names & {"query", "slopes", "q_factor", "k_factor"} or low is not None:
             made = {
                 "d_query": torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None,
                 "d_slopes": torch.empty_like(lse) if "slopes" in names else None,
+                "d_lse": d_lse,
             }
             factor = operands.k_factor if "q_factor" in names else None
             gradients["q_factor"] = _walk(
                 queries_kernel, "queries", query, query.shape[-2], factor, call, made, statistics
             )
             gradients["query"] = made["d_query"]
-            gradients["slopes"] = None if made["d_slopes"] is None else made["d_slopes"].sum(-1)
+            gradients["slopes"] = None if made["d_slopes"] is None else made["d_slopes"].sum(-1, dtype=torch.float64)
         if names & {"key", "value", "k_factor"}:
             made = {
                 "d_key": _per_head(query, key) if "key" in names else None,

@@ -66,16 +66,17 @@ class Layout:
         return splits
 
     def _expanded(self, tensor: Tensor, trailing: int) -> Tensor:
-        rest = tensor.shape[tensor.dim() - trailing :]
-        return tensor.expand(*self.batch, *rest)
+        """`tensor` as `(*batch, ...)` with its `trailing` dimensions, of which leading ones may have been missing."""
+        tensor = tensor[(None,) * (trailing - tensor.dim())]
+        return tensor.expand((*self.batch, *tensor.shape[tensor.dim() - trailing :]))
 
     def block(self, tensor: Tensor, *, head: bool = True, row: bool = True, column: bool = True) -> Block:
         """The block of a tensor `(*batch, H, rows, columns)`; the flags say which of these it has."""
         trailing = head + row + column
         if column and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             tensor = tensor.contiguous()
-        rest = tensor.shape[tensor.dim() - trailing :]
-        view = self._expanded(tensor, trailing).reshape(self.outer, self.inner, *rest)
+        view = self._expanded(tensor, trailing)
+        view = view.reshape((self.outer, self.inner, *view.shape[len(self.batch) :]))
         strides = [0 if size == 1 else stride for size, stride in zip(view.shape, view.stride(), strict=True)]
         return Block(view, (strides[0], strides[1], strides[2] if head else 0, strides[2 + head] if row else 0))
 

@@ -36,7 +36,7 @@ class Terms(NamedTuple):
     slopes: Block | None
     q_positions: Block | None
     k_positions: Block | None
-    values: Block | None
+    matrix: Block | None
 
 
 class Masks(NamedTuple):
@@ -177,7 +177,8 @@ def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: t
     """`p_j - p_i` in fp32, or `-|p_j - p_i|`.
 
     Positions are taken relative to that of query `m_first` while they are still integers: small differences of large
-    numbers stay exact. Without ROWS, relative to that query instead of each row's own: softmax does not see it.
+    numbers stay exact. Without ROWS, relative to that query instead of each row's own: softmax does not see it, where
+    the distance keeps its sign.
     """
     if terms.q_positions is None:
         b_n = (o_n - (m_first + offset)).to(tl.float32)
@@ -187,11 +188,12 @@ def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: t
         first = tl.load(p_first + m_first * terms.q_positions.stride[3])
         b_n = (load_vector(terms.k_positions, i_o, i_i, o_n, n_k, 0) - first).to(tl.float32)
         b_m = (load_vector(terms.q_positions, i_o, i_i, o_m, n_q, 0) - first).to(tl.float32)
-    if SYMMETRIC:
-        return -tl.abs(b_n - b_m)
+    b_distance = b_n
     if ROWS:
-        return b_n - b_m
-    return b_n
+        b_distance = b_n - b_m
+        if SYMMETRIC:
+            b_distance = -tl.abs(b_distance)
+    return b_distance
 
 
 @triton.jit
@@ -245,7 +247,7 @@ def add_pointwise(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_
     if terms.slopes is not None:
         slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
         b_s += slope * distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, ROWS)
-    if terms.values is not None:
-        b_values = load_pairs(terms.values, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0.0)
+    if terms.matrix is not None:
+        b_values = load_pairs(terms.matrix, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0.0)
         b_s += b_values.to(tl.float32) * (1 / unit)
     return b_s

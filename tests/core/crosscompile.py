@@ -1,0 +1,120 @@
+"""Compile the operator's kernels for any architecture, on a machine without a GPU.
+
+`python tests/core/crosscompile.py ARCH...` prints one JSON object per kernel: shared memory and spills in bytes,
+registers per thread. The calls are those of `kernels.launch`; only the launch itself is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashbias import plan
+from flashbias.kernels import launch
+
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.float64: "fp64",
+}  # fmt: skip
+
+
+def describe(value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict) -> Any:
+    """The type of an argument as the compiler names it, its constants and alignments noted by path."""
+    if isinstance(value, tuple):
+        parts = [describe(part, (*path, i), specialize, constants, attributes) for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if value is None or isinstance(value, (bool, str)) or (specialize and isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if specialize and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+class Recorder:
+    """Stands in for a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, arch: int, reports: list[dict[str, Any]]) -> None:
+        self.kernel, self.arch, self.reports = kernel, arch, reports
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._compile
+
+    def _compile(self, *args: Any, num_warps: int = 4, num_stages: int = 2, **kwargs: Any) -> None:
+        names = self.kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | kwargs
+        constants: dict = {}
+        attributes: dict = {}
+        signature = {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                constants[(i,)] = value
+                signature[parameter.name] = "constexpr"
+            else:
+                signature[parameter.name] = describe(
+                    value, (i,), not parameter.do_not_specialize, constants, attributes
+                )
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
+        registers, spills = resources(compiled.asm["cubin"])
+        self.reports.append(
+            {
+                "kernel": self.kernel.__name__, "arch": self.arch, "shared": compiled.metadata.shared,
+                "registers": registers, "spills": spills, "warps": num_warps, "stages": num_stages,
+                "tile": [values.get("BLOCK_M"), values.get("BLOCK_N")],
+                "wgmma": "wgmma" in compiled.asm["ptx"],
+            }
+        )  # fmt: skip
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory, from the disassembler that triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"REG:(\d+)", text)[-1]), int(re.findall(r"LOCAL:(\d+)", text)[-1]) + int(
+        re.findall(r"STACK:(\d+)", text)[-1]
+    )
+
+
+def compile_call(arch: int, run: Any) -> list[dict[str, Any]]:
+    """Reports of all kernels that `run()` would launch on a device of that architecture."""
+    reports: list[dict[str, Any]] = []
+    names = ["forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel"]
+    kept = {name: getattr(launch, name) for name in names}
+    kept_tiles, kept_backend = plan.tiles, plan.backend
+
+    def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
+        return plan.select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
+
+    for name, kernel in kept.items():
+        setattr(launch, name, Recorder(kernel, arch, reports))
+    plan.tiles, plan.backend = tiles, lambda device: "triton"
+    try:
+        run()
+    finally:
+        for name, kernel in kept.items():
+            setattr(launch, name, kernel)
+        plan.tiles, plan.backend = kept_tiles, kept_backend
+    return reports

@@ -1,0 +1,108 @@
+"""The Triton kernels against the oracle: on a GPU as they are, elsewhere through Triton's interpreter."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, check, ids, pairwise
+
+ON_GPU = torch.cuda.is_available()
+# The interpreter's bf16 product is wrong.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+
+
+def axis(**values: Any) -> list[dict[str, Any]]:
+    """One axis of `pairwise`, from the values of one field."""
+    ((name, choices),) = values.items()
+    return [{name: choice} for choice in choices]
+
+
+SHAPES = [
+    {"n_q": 33, "n_k": 33},
+    {"n_q": 1, "n_k": 40},
+    {"n_q": 65, "n_k": 17, "c": 24},
+    {"n_q": 17, "n_k": 70, "c_v": 40},
+    {"heads": 4, "kv_heads": 2},
+    {"batch": ()},
+    {"batch": (2, 3), "n_q": 15, "n_k": 15},
+    {"n_q": 40, "n_k": 1, "scale": 1.0},
+    {"c": 32, "scale": 0.25},
+    {"scale": 0.0},
+    {"scale": -0.3},
+]
+SMALL = pairwise(
+    axis(bias=(*BIASES, *SUMS)),
+    axis(mask=(*MASKS, *JOINS)),
+    axis(dtype=DTYPES),
+    SHAPES,
+    axis(broadcast=BROADCASTS),
+    axis(layout=LAYOUTS),
+    axis(cotangents=("both", "out", "lse")),
+)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
+def test_accuracy_of_every_pair(case: Case, device: str) -> None:
+    check(case, device)
+
+
+RANKS = pairwise(
+    axis(bias=("factored", "factored_fp32")),
+    axis(rank=(1, 2, 5, 8, 9, 16, 24, 48, 96, 100, 128)),
+    axis(dtype=DTYPES),
+    axis(scale=(None, 0.25)),
+)
+
+
+@pytest.mark.parametrize("case", RANKS, ids=ids(RANKS))
+def test_accuracy_of_every_rank(case: Case, device: str) -> None:
+    check(case, device)
+
+
+HEAD_DIMS = pairwise(
+    axis(c=(1, 16, 24, 40, 48, 64, 80, 128, 192, 256)),
+    axis(bias=("none", "factored", "dense", "alibi")),
+    axis(dtype=DTYPES),
+    axis(c_v=(None, 16, 72)),
+    base=Case(heads=1, batch=(1,)),
+)
+
+
+@pytest.mark.parametrize("case", HEAD_DIMS, ids=ids(HEAD_DIMS))
+def test_accuracy_of_every_head_dim(case: Case, device: str) -> None:
+    check(case, device)
+
+
+LENGTHS = (1, 15, 17, 127, 129, 1000)
+FULL = [
+    Case(
+        bias=bias, mask=mask, dtype=dtype, n_q=n_q, n_k=n_k, seed=seed,
+        c=(16, 24, 40, 48, 64, 80, 128, 192, 256)[seed % 9], c_v=(None, None, 32)[seed % 3],
+        rank=(1, 4, 16, 33, 96, 128)[seed % 6], broadcast=BROADCASTS[seed % len(BROADCASTS)],
+        layout=LAYOUTS[seed % len(LAYOUTS)], heads=4, kv_heads=(None, 2, 1)[seed % 3],
+    )
+    for seed, (bias, mask, dtype, (n_q, n_k)) in enumerate(
+        product((*BIASES, *SUMS), (*MASKS, *JOINS), DTYPES, [*((n, n) for n in LENGTHS), (17, 1000), (1000, 129)])
+    )
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", range(16))
+def test_accuracy_of_the_full_product(part: int, device: str) -> None:
+    failures = []
+    for case in FULL[part::16]:
+        try:
+            check(case, device)
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, f"{len(failures)} of {len(FULL[part::16])}:\n" + "\n".join(failures)

@@ -142,12 +142,10 @@ def backward(
             made = {
                 "d_query": torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None,
                 "d_slopes": torch.empty_like(lse) if "slopes" in names else None,
-                "d_lse": d_lse,
             }
             factor = operands.k_factor if "q_factor" in names else None
-            gradients["q_factor"] = _walk(
-                queries_kernel, "queries", query, query.shape[-2], factor, call, made, statistics
-            )
+            read = statistics | {"d_lse": d_lse}
+            gradients["q_factor"] = _walk(queries_kernel, "queries", query, query.shape[-2], factor, call, made, read)
             gradients["query"] = made["d_query"]
             gradients["slopes"] = None if made["d_slopes"] is None else made["d_slopes"].sum(-1, dtype=torch.float64)
         if names & {"key", "value", "k_factor"}:

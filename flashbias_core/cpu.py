@@ -3,7 +3,6 @@
 Every tensor is viewed as `(*batch, Hkv, G, ...)` with G the query heads that share a key head, each dimension its own
 size or 1. The matrices of a part of `(*batch, Hkv)` are worked on together, some rows at a time, so that a block of
 scores stays in the cache. Factors stand beside query and key, so that one product gives the scores and the bias.
-Scores are in units of log(2), because torch's exp2 takes a quarter of the time of its exp.
 """
 
 from __future__ import annotations
@@ -17,13 +16,16 @@ from torch import Tensor
 from .operands import Operands
 
 LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
 
 # Scores in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
 BLOCK = 1 << 20
 MAX_THREADS = 8
 ROWS = 128
 MIN_ROWS = 16
+
+# Products are summed in pieces of so many terms: BLAS adds one term to the next, and a sum of 131,072 of them would be
+# off by 1e-4 where torch's own sums, in pairs, are off by 1e-6.
+PIECE = 4096
 
 # The tensors of a call, and their dimensions behind those of the batch and the heads; those of the second group have no
 # heads. Slopes are given two dimensions more.
@@ -46,7 +48,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
             product = _multiply(weights, part.value[..., :n, :])
             # A row that attends anywhere has a total of at least 1.
             part["out"][..., rows, :] = product.div_(total.clamp(min=1.0))
-            part["lse"][..., rows] = total.log2_().add_(top).mul_(LN2).squeeze(-1)
+            part["lse"][..., rows] = total.log_().add_(top).squeeze(-1)
     return out, lse
 
 
@@ -87,11 +89,13 @@ def backward(
                 _accumulate(d_value[..., :n, :], weights, d_out)
             if names == {"value"}:
                 continue
-            d_scores = _multiply(d_out, part.value[..., :n, :].mT, part.space[1]).mul_(weights)
-            sums = d_scores.sum(-1, keepdim=True)
-            if grad_lse is not None:
-                sums -= part["grad lse"][..., rows, None]
-            d_scores.addcmul_(weights, sums, value=-1.0)
+            d_scores = _multiply(d_out, part.value[..., :n, :].mT, part.space[1])
+            spare = part.space[2, : weights.numel()].view(weights.shape)
+            d_scores.sub_(torch.mul(weights, d_scores, out=spare).sum(-1, keepdim=True))
+            d_lse = part["grad lse"][..., rows, None] if grad_lse is not None else None
+            if d_lse is not None:
+                d_scores.add_(d_lse)
+            d_scores.mul_(weights)
             if names & {"query", "q_factor"}:
                 d_query = _multiply(d_scores, part.key[..., :n, :])
                 part.add("query", d_query[..., :c].mul_(scale), rows)
@@ -100,18 +104,18 @@ def backward(
                 _accumulate(d_key[..., :n, :], d_scores, part.query[..., rows, :])
             part.add("values", d_scores, rows, slice(n))
             if "slopes" in names and distance is not None:
-                part.add("slopes", torch.mul(d_scores, distance, out=weights).sum((-2, -1), keepdim=True))
+                part.add("slopes", _along(distance, weights, d_scores, d_lse, spare))
         part.add("value", d_value)
-        part.add("key", d_key[..., :c].mul_(LN2))
-        part.add("k_factor", d_key[..., c:].mul_(LN2))
+        part.add("key", d_key[..., :c])
+        part.add("k_factor", d_key[..., c:])
     return gradients
 
 
 class _Part:
     """Some of the matrices of a call: `part[name]` are views of its tensors; query, key and value copies in fp32.
 
-    query: `(..., G, Nq, C + R)`, times scale * log2(e). key: `(..., G or 1, Nk, C + R)`. value: `(..., 1, Nk, Cv)`.
-    space: `(2, scores of a block)`.
+    query: `(..., G, Nq, C + R)`, times scale. key: `(..., G or 1, Nk, C + R)`. value: `(..., 1, Nk, Cv)`.
+    space: `(3, scores of a block)`.
     """
 
     def __init__(self, tensors: dict[str, Tensor], operands: Operands, scale: float, space: Tensor) -> None:
@@ -130,10 +134,10 @@ class _Part:
                     shown = inside if name == "k_positions" else inside[..., None]
                     tensors[name] = torch.where(shown, tensors[name], 0)
             self.n_k = min(self.n_k, int(lengths.max()))
-        self.query = tensors["query"].float() * (scale * LOG2E)
+        self.query = tensors["query"].float() * scale
         self.key, self.value = tensors["key"].float().contiguous(), tensors["value"].float().contiguous()
         if "q_factor" in tensors:
-            self.query = _beside(self.query, tensors["q_factor"].float() * LOG2E)
+            self.query = _beside(self.query, tensors["q_factor"].float())
             self.key = _beside(self.key, tensors["k_factor"].float())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -165,12 +169,12 @@ class _Part:
         return distance.abs().neg_() if self.operands.symmetric else distance
 
     def scores(self, rows: slice, n: int, distance: Tensor | None) -> Tensor:
-        """Scores with bias and mask, `(..., G, rows, n)`, times log2(e)."""
+        """Scores with bias and mask, `(..., G, rows, n)`."""
         scores = _multiply(self.query[..., rows, :], self.key[..., :n, :].mT, self.space[0])
         if distance is not None:
-            scores.addcmul_(self["slopes"] * LOG2E, distance)
+            scores.addcmul_(self["slopes"], distance)
         if "values" in self.tensors:
-            scores.add_(_block(self["values"], rows, slice(n)), alpha=LOG2E)
+            scores.add_(_block(self["values"], rows, slice(n)))
         for allowed in self.masks(rows, n):
             scores.masked_fill_(~allowed, -torch.inf)
         return scores
@@ -211,7 +215,7 @@ def _parts(
     views = {name: _view(tensor, behind, len(batch), kv_heads) for name, (tensor, behind) in tensors.items()}
     row = heads // kv_heads * n_k
     budget = max(BLOCK * min(torch.get_num_threads(), MAX_THREADS), MIN_ROWS * row)
-    space = query.new_empty((2, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=torch.float32)
+    space = query.new_empty((3, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=torch.float32)
     for chunk in _chunks((*batch, kv_heads), budget // (row * min(n_q, ROWS))):
         yield _Part({name: _narrow(view, chunk) for name, view in views.items()}, operands, scale, space)
 
@@ -266,10 +270,22 @@ def _wide(positions: Tensor) -> Tensor:
 
 
 def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The powers of 2 in place, relative to each row's largest; that one, 0 where all are -inf, and the row's sum."""
+    """The exponentials in place, relative to each row's largest; that one, 0 where all are -inf, and the row's sum."""
     top = scores.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0.0)
-    return top, scores.sub_(top).exp2_().sum(-1, keepdim=True)
+    # torch's exp2 takes a quarter of the time of its exp.
+    return top, scores.sub_(top).mul_(LOG2E).exp2_().sum(-1, keepdim=True)
+
+
+def _along(distance: Tensor, weights: Tensor, d_scores: Tensor, d_lse: Tensor | None, spare: Tensor) -> Tensor:
+    """The sum of `d_scores * distance` over a block, `(..., G, 1, 1)`. Overwrites the spare block.
+
+    Distances are taken relative to their weighted mean in the row, so that the rounding errors of the row sums of
+    `d_scores`, which are those of `d_lse`, are not multiplied by the distance to where the row attends.
+    """
+    mean = torch.mul(weights, distance, out=spare).sum(-1, keepdim=True)
+    total = torch.sub(distance, mean, out=spare).mul_(d_scores).sum((-2, -1), keepdim=True)
+    return total if d_lse is None else total + (mean * d_lse).sum(-2, keepdim=True)
 
 
 def _multiply(left: Tensor, right: Tensor, space: Tensor | None = None) -> Tensor:
@@ -277,12 +293,29 @@ def _multiply(left: Tensor, right: Tensor, space: Tensor | None = None) -> Tenso
     matrices = right.flatten(0, -3)
     rows = left.reshape(len(matrices), -1, left.shape[-1])
     shape = (*left.shape[:-1], right.shape[-1])
-    out = None if space is None else space[: math.prod(shape)].view(len(matrices), -1, shape[-1])
+    if space is None:
+        return _product(rows, matrices).view(shape)
+    out = space[: math.prod(shape)].view(len(matrices), -1, shape[-1])
     return torch.bmm(rows, matrices, out=out).view(shape)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left^T @ right`, of `(..., G, M, K)` and `(..., G, M, N)`, to `(..., G or 1, K, N)`, summed over G there."""
     matrices = total.flatten(0, -3)
-    rows = [tensor.reshape(len(matrices), -1, tensor.shape[-1]) for tensor in (left, right)]
-    matrices.baddbmm_(rows[0].mT, rows[1])
+    left, right = (tensor.reshape(len(matrices), -1, tensor.shape[-1]) for tensor in (left, right))
+    if left.shape[1] > PIECE:
+        matrices += _product(left.mT, right)
+    else:
+        matrices.baddbmm_(left.mT, right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`(B, M, K) @ (B, K, N)`, summed in pieces."""
+    pieces = left.shape[2] // PIECE
+    if pieces < 2:
+        return torch.bmm(left, right)
+    whole = pieces * PIECE
+    total = left[..., :whole].unflatten(2, (pieces, PIECE)).transpose(1, 2) @ right[:, :whole].unflatten(
+        1, (pieces, -1)
+    )
+    return total.sum(1).baddbmm_(left[..., whole:], right[:, whole:])

@@ -91,7 +91,8 @@ def backward(
                 continue
             d_scores = _multiply(d_out, part.value[..., :n, :].mT, part.space[1])
             spare = part.space[2, : weights.numel()].view(weights.shape)
-            d_scores.sub_(torch.mul(weights, d_scores, out=spare).sum(-1, keepdim=True))
+            for _ in range(2):  # the second time for what the rounding of the first has left
+                d_scores.sub_(torch.mul(weights, d_scores, out=spare).sum(-1, keepdim=True))
             d_lse = part["grad lse"][..., rows, None] if grad_lse is not None else None
             if d_lse is not None:
                 d_scores.add_(d_lse)

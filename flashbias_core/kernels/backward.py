@@ -1,6 +1,6 @@
 """Attention, backward: scores are recomputed tile by tile, gradients summed in a fixed order, without atomics.
 
-With P the probabilities, `dS = P * (dP - delta)` where `dP = dO V^T` and `delta_i = dO_i . O_i - dLSE_i`
+With P the probabilities, `dS = P * (dP - delta + dLSE)` where `dP = dO V^T` and `delta_i = dO_i . O_i`
 (Dao, FlashAttention-2, 2023, algorithm 2). One kernel walks over the keys for each tile of queries, one over the
 queries for each tile of keys, and one, for the values of a dense bias, over all that shares a tile of them.
 """
@@ -22,25 +22,22 @@ from .terms import (
     mask_scores,
     products,
     program,
-    scaled,
 )
 
-NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "q_scale", "unit"]
+NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
 
 
 @triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads"])
 def delta_kernel(
-    d_out, out, d_lse, delta, n_q, n_inner, n_heads, C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr
+    d_out, out, delta, n_q, n_inner, n_heads, C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """`delta_i = dO_i . O_i - dLSE_i`."""
+    """`delta_i = dO_i . O_i`."""
     i_tile, i_bh, i_o, i_i, i_h, _ = program(tl.cdiv(n_q, BLOCK_M), n_inner, n_heads, 1)
     m_first = i_tile * BLOCK_M
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_out = load_rows(out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)
     o_row = m_first + tl.arange(0, BLOCK_M)
-    if d_lse is not None:
-        b_delta -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
     tl.store(delta + i_bh * n_q + o_row, b_delta, mask=o_row < n_q)
 
 
@@ -67,7 +64,7 @@ def probabilities(b_s, b_lse, b_low, unit, EXACT: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
     q, k, v, d_out, d_lse, lse, low, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks,
-    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,8 +72,8 @@ def queries_kernel(
 ):  # fmt: skip
     """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted.
 
-    delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1
-    and dLSE. Where the gradient is to be better than the dtype of the queries, this kernel takes the excess out of
+    delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and P * (dP - delta) do not
+    quite sum to 1 and 0. Where the gradient is to be better than the dtype of the queries, this kernel takes the excess out of
     what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to the kernels after it.
     """
     EXACT: tl.constexpr = low is not None
@@ -89,12 +86,14 @@ def queries_kernel(
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
 
-    b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
+    b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
     b_q_columns = b_q
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_lse, _, b_delta = load_statistics(lse, None, delta, i_bh, o_row, n_q, unit)
+    if d_lse is not None:
+        b_d_lse = tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
     b_d_query = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     b_d_slopes = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
@@ -126,6 +125,8 @@ def queries_kernel(
             b_ds = b_p * (b_dp - b_delta[:, None])
             if EXCESS:
                 b_excess += tl.sum(b_ds, 1)
+            if d_lse is not None:
+                b_ds += b_p * b_d_lse[:, None]
             if EXACT:
                 b_total += tl.sum(b_p, 1)
             if d_slopes is not None:
@@ -153,15 +154,13 @@ def queries_kernel(
         b_excess *= b_share
         tl.store(low + i_bh * n_q + o_row, -tl.log(b_share) / unit, mask=o_row < n_q)
     if EXCESS:
-        if d_lse is not None:
-            b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
         tl.store(delta + i_bh * n_q + o_row, b_delta + b_excess, mask=o_row < n_q)
     p_row = i_bh * n_q + o_m
     if d_query is not None:
         o_c = tl.arange(0, WIDTH)[None, :]
         if EXACT:
             b_d_query = (b_d_query - b_excess[:, None] * b_mean_key) * b_share[:, None]
-        b_d_query = b_d_query * (q_scale * unit)
+        b_d_query = b_d_query * unit
         tl.store(d_query + p_row * C + o_c, b_d_query.to(d_query.dtype.element_ty), mask=(o_m < n_q) & (o_c < C))
     if GRADIENT_RANK > 0:
         o_r = tl.arange(0, GRADIENT_RANK)[None, :]
@@ -174,8 +173,8 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def keys_kernel(
-    q, k, v, d_out, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks,
-    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    q, k, v, d_out, d_lse, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,7 +200,6 @@ def keys_kernel(
     begin = tl.where(n_first >= n_keys, n_q, begin)
 
     b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
-    b_k_scaled = scaled(b_k, q_scale)
     b_k_columns = b_k
     if RANK > 0 and RANK == CHUNK:
         b_k_columns = load_chunk(terms.k_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, CHUNK, True)
@@ -218,7 +216,7 @@ def keys_kernel(
             b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
             if low is None:
                 b_s = products(
-                    b_k_scaled, b_q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h,
+                    b_k, b_q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h,
                     n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, RANK, CHUNK, FOLDED, PRECISION, True,
                 )  # fmt: skip
             else:
@@ -227,7 +225,7 @@ def keys_kernel(
                 if RANK > 0 and RANK == CHUNK:
                     b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
                 b_s = products(
-                    b_q, b_k_scaled, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
+                    b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
                     m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
                 )  # fmt: skip
                 b_s = tl.trans(b_s)
@@ -250,6 +248,8 @@ def keys_kernel(
             else:
                 b_dp = tl.trans(tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION))
             b_ds = b_p * (b_dp - b_delta[None, :])
+            if d_lse is not None:
+                b_ds += b_p * tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)[None, :]
             if d_key is not None:
                 b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
             if GRADIENT_RANK > 0:
@@ -261,7 +261,7 @@ def keys_kernel(
     p_row = i_bh * n_k + o_n
     if d_key is not None:
         o_c = tl.arange(0, WIDTH)[None, :]
-        b_d_key = b_d_key * (q_scale * unit)
+        b_d_key = b_d_key * unit
         tl.store(d_key + p_row * C + o_c, b_d_key.to(d_key.dtype.element_ty), mask=(o_n < n_k) & (o_c < C))
     if d_value is not None:
         o_c = tl.arange(0, WIDTH_V)[None, :]
@@ -273,9 +273,9 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
-    q, k, v, d_out, lse, low, delta, d_values, terms, masks,
+    q, k, v, d_out, d_lse, lse, low, delta, d_values, terms, masks,
     n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
-    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -317,7 +317,7 @@ def values_kernel(
         o_m = o_row[:, None]
         diagonal_offset = diagonal(masks, i_o, i_i, offset)
         n_keys = first_key_beyond(masks, i_o, i_i, n_k)
-        b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
+        b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
         b_q_columns = b_q
         if RANK > 0 and RANK == CHUNK:
             b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
@@ -339,6 +339,8 @@ def values_kernel(
         b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
         b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]
         b_d_values += b_p * (b_dp - b_delta[:, None])
+        if d_lse is not None:
+            b_d_values += b_p * tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)[:, None]
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)
     p_plane = d_values + (i_split * n_own + i_own).to(tl.int64) * (1 if ONE_ROW else n_q) * n_k

@@ -1,4 +1,4 @@
-"""Factors as the tensor cores take them: exact enough in 16 bits, folded to the kernels' unit, padded to 16 columns.
+"""Factors as the tensor cores take them: exact enough in 16 bits, over the kernels' unit, padded to 16 columns.
 
 A tensor-core product has an inner width of 16 at least, so spare columns cost nothing. An fp32 factor goes into a
 high and a low half: `q k ~ q_hi k_hi + q_hi k_lo + q_lo k_hi`, 3 R columns of fp16, good to 2^-21 of the largest
@@ -7,6 +7,7 @@ product when a power of two balances the columns of the two sides.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ MIN_WIDTH = 16
 
 @dataclass
 class Columns:
-    """Two factors, `(*batch, H, N, R)` each with R a multiple of 16, and whether they are in the kernels' unit."""
+    """Two factors, `(*batch, H, N, R)` each with R a multiple of 16, and whether they are over `unit`."""
 
     q: Tensor
     k: Tensor
@@ -26,7 +27,7 @@ class Columns:
 
 
 def score_columns(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype, unit: float) -> Columns:
-    """Columns whose product is the bias over `unit`, a number in [1, 2), beside queries of `dtype`."""
+    """Columns whose product is the bias over `unit` (where folded), beside queries of `dtype`."""
     if dtype == torch.float32:
         return Columns(_padded(q_factor.float() / unit), _padded(k_factor.float()))
     if q_factor.dtype == torch.float32:
@@ -37,10 +38,12 @@ def score_columns(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype, unit: 
         return Columns(_padded(q_high, q_high, q_low), _padded(k_high, k_low, k_high))
     if unit == 1.0:
         return Columns(_padded(q_factor), _padded(k_factor))
-    rank = q_factor.shape[-1]
-    if _rounded(2 * rank) == _rounded(rank):
-        high, low = _halves(q_factor.float() / unit, q_factor.dtype)
-        return Columns(_padded(high, low), _padded(k_factor, k_factor))
+    if q_factor.dtype == torch.bfloat16:  # fp16 might overflow
+        rank = q_factor.shape[-1]
+        if math.frexp(unit)[0] == 0.5:
+            return Columns(_padded(q_factor / unit), _padded(k_factor))
+        if _rounded(2 * rank) == _rounded(rank):
+            return Columns(_padded(*_halves(q_factor.float() / unit, torch.bfloat16)), _padded(k_factor, k_factor))
     return Columns(_padded(q_factor), _padded(k_factor), folded=False)
 
 

@@ -16,14 +16,13 @@ from .terms import (
     mask_scores,
     products,
     program,
-    scaled,
 )
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "q_scale", "unit"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def forward_kernel(
     q, k, v, out, lse, terms, masks,
-    n_q, n_k, n_inner, n_heads, group, offset, q_scale, unit,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -38,7 +37,7 @@ def forward_kernel(
     # By default the distance to the tile's first row will do for softmax. Given positions may lie far apart.
     ROWS: tl.constexpr = SYMMETRIC or terms.q_positions is not None
 
-    b_q = scaled(load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True), q_scale)
+    b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
     b_q_columns = b_q
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)

@@ -38,14 +38,12 @@ class Call:
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, *, values_gradient: bool = False
 ) -> Call:
-    """The blocks and constants of a call. A power of two in `scale` is folded into the queries, where it is exact."""
+    """The blocks and constants of a call."""
     heads, n_q, c = query.shape[-3:]
     n_k, c_v = value.shape[-2:]
-    fraction, exponent = math.frexp(scale)
-    unit, q_scale = 2 * fraction, 2.0 ** (exponent - 1)
     columns = None
     if operands.q_factor is not None and operands.k_factor is not None:
-        columns = score_columns(operands.q_factor, operands.k_factor, query.dtype, unit)
+        columns = score_columns(operands.q_factor, operands.k_factor, query.dtype, scale)
     o = operands
     q_columns, k_columns = (columns.q, columns.k) if columns else (None, None)
     values = _aligned(o.values)
@@ -83,7 +81,7 @@ def prepare(
     rank = 0 if columns is None else columns.k.shape[-1]
     sizes = {
         "terms": terms, "masks": masks, "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads,
-        "group": heads // max(key.shape[-3], 1), "offset": o.offset, "q_scale": q_scale, "unit": unit,
+        "group": heads // max(key.shape[-3], 1), "offset": o.offset, "unit": scale,
     }  # fmt: skip
     constants = {
         "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
@@ -129,11 +127,11 @@ def backward(
     delta = torch.empty_like(lse)
     low = torch.zeros_like(lse) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
-    statistics = {"d_out": call.layout.block(grad_out), "lse": lse, "low": low, "delta": delta}
+    statistics = {"d_out": call.layout.block(grad_out), "d_lse": d_lse, "lse": lse, "low": low, "delta": delta}
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         delta_kernel[(plan.cdiv(query.shape[-2], DELTA_ROWS) * rows,)](
-            statistics["d_out"], call.layout.block(out), d_lse, delta,
+            statistics["d_out"], call.layout.block(out), delta,
             query.shape[-2], call.layout.inner, query.shape[-3], C_V=out.shape[-1],
             WIDTH_V=call.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
@@ -144,8 +142,9 @@ def backward(
                 "d_slopes": torch.empty_like(lse) if "slopes" in names else None,
             }
             factor = operands.k_factor if "q_factor" in names else None
-            read = statistics | {"d_lse": d_lse}
-            gradients["q_factor"] = _walk(queries_kernel, "queries", query, query.shape[-2], factor, call, made, read)
+            gradients["q_factor"] = _walk(
+                queries_kernel, "queries", query, query.shape[-2], factor, call, made, statistics
+            )
             gradients["query"] = made["d_query"]
             gradients["slopes"] = None if made["d_slopes"] is None else made["d_slopes"].sum(-1, dtype=torch.float64)
         if names & {"key", "value", "k_factor"}:

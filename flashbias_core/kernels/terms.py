@@ -1,9 +1,8 @@
 """What all kernels share: how a block is loaded, and what each term and mask does to a tile of scores.
 
-Scale is `q_scale * unit`: a power of two, which goes into the queries (or keys) exactly, and a number in [1, 2). The
-accumulator holds scores over `unit`, so that one multiplication by `unit * log2(e)` stands before `exp2`. Rows and
-columns come as index blocks, `[M, 1]` and `[1, N]` or the other way round, so that the same functions serve tiles of
-either orientation.
+The accumulator holds scores over `unit`, the scale of the products of queries and keys: these need no scaling then, and
+one multiplication by `unit * log2(e)` stands before `exp2`. Rows and columns come as index blocks, `[M, 1]` and `[1, N]`
+or the other way round, so that the same functions serve tiles of either orientation.
 
 Names: `i_` program index, `o_` offsets, `p_` pointers, `b_` block in registers, `n_` sizes.
 """
@@ -110,12 +109,6 @@ def products(
         if not FOLDED:
             b_s *= 1 / unit
     return tl.dot(b_left, tl.trans(b_right), b_s, input_precision=PRECISION)  # [L, C] @ [C, R']
-
-
-@triton.jit
-def scaled(b_x, q_scale):
-    """A block times a power of two, exactly, in its own dtype."""
-    return (b_x.to(tl.float32) * q_scale).to(b_x.dtype)
 
 
 @triton.jit

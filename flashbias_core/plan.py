@@ -87,6 +87,16 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     return Tiles(64, 64, 4, 1)
 
 
+@cache
+def has_descriptors(device: torch.device) -> bool:
+    """Whether tiles can be read by tensor descriptors there: by hardware since sm_90, in triton since 3.4."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def splits(programs: int, members: int, device: torch.device) -> int:
     """Into how many parts a sum over `members` is split, so that `programs` times as many fill the device."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -63,7 +63,7 @@ def probabilities(b_s, b_lse, b_low, unit, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
-    q, k, v, d_out, d_lse, lse, low, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks,
+    q, k, v, d_out, d_lse, lse, low, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -113,8 +113,8 @@ def queries_kernel(
                 m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
             )  # fmt: skip
             b_s = add_pointwise(
-                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                SYMMETRIC, True, phase == 1,
+                b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                SYMMETRIC, True, phase == 1, True,
             )  # fmt: skip
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
@@ -173,7 +173,7 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def keys_kernel(
-    q, k, v, d_out, d_lse, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks,
+    q, k, v, d_out, d_lse, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -230,8 +230,8 @@ def keys_kernel(
                 )  # fmt: skip
                 b_s = tl.trans(b_s)
             b_s = add_pointwise(
-                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                SYMMETRIC, True, phase == 0,
+                b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                SYMMETRIC, True, phase == 0, False,
             )  # fmt: skip
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
@@ -273,7 +273,7 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
-    q, k, v, d_out, d_lse, lse, low, delta, d_values, terms, masks,
+    q, k, v, d_out, d_lse, lse, low, delta, d_values, terms, masks, tiles,
     n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
@@ -327,8 +327,8 @@ def values_kernel(
             m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
         )  # fmt: skip
         b_s = add_pointwise(
-            b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
-            SYMMETRIC, True, True,
+            b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
+            SYMMETRIC, True, True, True,
         )  # fmt: skip
         b_s = mask_scores(
             b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True

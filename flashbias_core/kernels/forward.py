@@ -21,7 +21,7 @@ from .terms import (
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def forward_kernel(
-    q, k, v, out, lse, terms, masks,
+    q, k, v, out, lse, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -55,8 +55,8 @@ def forward_kernel(
                 m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
             )  # fmt: skip
             b_s = add_pointwise(
-                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                SYMMETRIC, ROWS, phase == 1,
+                b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                SYMMETRIC, ROWS, phase == 1, True,
             )  # fmt: skip
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1

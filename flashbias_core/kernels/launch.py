@@ -13,8 +13,13 @@ from torch import Tensor
 from flashbias import plan
 from flashbias.operands import Operands
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # triton 3.3 has none that the host can make
+    TensorDescriptor = None
+
 from .backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
-from .columns import Columns, gradient_columns, score_columns
+from .columns import gradient_columns, score_columns
 from .forward import forward_kernel
 from .layout import Layout, reduce_to
 from .terms import Block, Masks, Terms
@@ -30,9 +35,16 @@ class Call:
     q: Block
     k: Block
     v: Block
-    columns: Columns | None
+    values: Tensor | None
     sizes: dict[str, Any]
     constants: dict[str, Any]
+
+    def descriptor(self, tiles: plan.Tiles) -> Any:
+        """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
+        if self.sizes["terms"].planes is None or self.values is None:
+            return None
+        planes = self.values.flatten(0, -3) if self.values.dim() > 2 else self.values[None]
+        return TensorDescriptor.from_tensor(planes, [1, tiles.block_m, tiles.block_n])
 
 
 def prepare(
@@ -70,6 +82,7 @@ def prepare(
         block(_positions(o.q_positions), **per_position),
         block(_positions(o.k_positions), **per_position),
         block(values),
+        _planes(values, layout),
     )
     masks = Masks(
         block(o.offsets, **per_batch),
@@ -88,7 +101,7 @@ def prepare(
         "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
         "SYMMETRIC": o.symmetric, "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    return Call(layout, layout.block(query), layout.block(key), layout.block(value), columns, sizes, constants)
+    return Call(layout, layout.block(query), layout.block(key), layout.block(value), values, sizes, constants)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -101,7 +114,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     tiles = plan.tiles("forward", query.device, query.dtype, call.constants)
     with _on(query):
         forward_kernel[(plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(),)](
-            call.q, call.k, call.v, out, lse, **call.sizes, **call.constants, **tiles.options()
+            call.q,
+            call.k,
+            call.v,
+            out,
+            lse,
+            tiles=call.descriptor(tiles),
+            **call.sizes,
+            **call.constants,
+            **tiles.options(),
         )
     return out, lse
 
@@ -182,7 +203,7 @@ def _walk(
         block = tiles.block_m if kind == "queries" else tiles.block_n
         kernel[(plan.cdiv(n_rows, block) * query.shape[:-2].numel(),)](
             call.q, call.k, call.v, d_columns=d_columns, gradient_columns=columns, **made, **statistics, **call.sizes,
-            **constants, **tiles.options(),
+            **constants, **tiles.options(), tiles=call.descriptor(tiles),
         )  # fmt: skip
         made = dict.fromkeys(made)
     return None if side is None else side.combine(torch.cat(parts, -1))
@@ -203,7 +224,7 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     planes = query.new_empty((splits, *own, values.shape[-2], n_k), dtype=torch.float32)
     values_kernel[(programs * splits,)](
         call.q, call.k, call.v, d_values=planes, n_outer_shared=shared[0], n_inner_shared=shared[1],
-        n_heads_shared=shared[2], n_splits=splits, **statistics, **call.sizes, **constants, **tiles.options(),
+        n_heads_shared=shared[2], n_splits=splits, **statistics, **call.sizes, **constants, **tiles.options(), tiles=call.descriptor(tiles),
     )  # fmt: skip
     return planes.sum(0).reshape(values.shape)
 
@@ -228,9 +249,15 @@ def _positions(positions: Tensor | None) -> Tensor | None:
 
 
 def _aligned(values: Tensor | None) -> Tensor | None:
-    """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower."""
+    """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower.
+
+    What was expanded in batch or heads is taken back to size 1.
+    """
     if values is None:
         return None
+    for dim in range(values.dim() - 2):
+        if values.stride(dim) == 0:
+            values = values.narrow(dim, 0, 1)
     step = 16 // values.element_size()
     strides = [stride for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True) if size > 1]
     if values.stride(-1) == 1 and values.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
@@ -238,6 +265,17 @@ def _aligned(values: Tensor | None) -> Tensor | None:
     n_k = values.shape[-1]
     padded = values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k]
     return padded.copy_(values)
+
+
+def _planes(values: Tensor | None, layout: Layout) -> tuple[int, int, int] | None:
+    """Strides of the planes of values, counted in planes, where a tensor descriptor can read them; else None."""
+    if values is None or values.shape[-2] == 1 or not plan.has_descriptors(values.device):
+        return None
+    planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
+    if planes.data_ptr() != values.data_ptr():  # batch dimensions that do not lie in one line would be copied
+        return None
+    outer, inner, heads = layout.sizes(values)
+    return (inner * heads if outer > 1 else 0, heads if inner > 1 else 0, 1 if heads > 1 else 0)
 
 
 def _on(query: Tensor) -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """What all kernels share: how a block is loaded, and what each term and mask does to a tile of scores.
 
-The accumulator holds scores over `unit`, the scale of the products of queries and keys: these need no scaling then, and
-one multiplication by `unit * log2(e)` stands before `exp2`. Rows and columns come as index blocks, `[M, 1]` and `[1, N]`
+The accumulator holds scores over `unit`, the scale of the products of queries and keys: these need no scaling then,
+and one multiplication by `unit * log2(e)` stands before `exp2`. Rows and columns come as index blocks, `[M, 1]` and `[1, N]`
 or the other way round, so that the same functions serve tiles of either orientation.
 
 Names: `i_` program index, `o_` offsets, `p_` pointers, `b_` block in registers, `n_` sizes.
@@ -28,7 +28,11 @@ class Block(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The terms of the bias, None where there is none. Factor columns may be over `unit`."""
+    """The terms of the bias, None where there is none. Factor columns may be over `unit`.
+
+    A matrix is read through a tensor descriptor where `planes` says how many of its planes lie between neighbours in
+    outer batch, inner batch and heads, and by pointers elsewhere.
+    """
 
     q_columns: Block | None
     k_columns: Block | None
@@ -36,6 +40,7 @@ class Terms(NamedTuple):
     q_positions: Block | None
     k_positions: Block | None
     matrix: Block | None
+    planes: tuple[int, int, int] | None
 
 
 class Masks(NamedTuple):
@@ -234,13 +239,23 @@ def mask_scores(
 
 
 @triton.jit
-def add_pointwise(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                  SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
-    """Scores with the terms that are added entry by entry: slopes times distances, and values."""
+def add_pointwise(
+    b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+    SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr, STANDING: tl.constexpr,
+):  # fmt: skip
+    """Scores with the terms that are added entry by entry: slopes times distances, and a matrix.
+
+    STANDING: the tile is one of queries by keys, not on its side.
+    """
     if terms.slopes is not None:
         slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
         b_s += slope * distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, ROWS)
-    if terms.matrix is not None:
-        b_values = load_pairs(terms.matrix, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0.0)
-        b_s += b_values.to(tl.float32) * (1 / unit)
+    if tiles is not None:
+        i_plane = i_o * terms.planes[0] + i_i * terms.planes[1] + i_h * terms.planes[2]
+        b_matrix = tiles.load([i_plane.to(tl.int32), m_first, n_first])
+        b_matrix = b_matrix.reshape(tiles.block_shape[1], tiles.block_shape[2]).to(tl.float32)
+        b_s += (b_matrix if STANDING else tl.trans(b_matrix)) * (1 / unit)
+    elif terms.matrix is not None:
+        b_matrix = load_pairs(terms.matrix, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0.0)
+        b_s += b_matrix.to(tl.float32) * (1 / unit)
     return b_s

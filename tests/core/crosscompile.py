@@ -38,6 +38,8 @@ def describe(value: Any, path: tuple[int, ...], specialize: bool, constants: dic
     if value is None or isinstance(value, (bool, str)) or (specialize and isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
+    if type(value).__name__ == "TensorDescriptor":
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return "*" + TYPES[value.dtype]
@@ -103,7 +105,7 @@ def compile_call(arch: int, run: Any) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     names = ["forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel"]
     kept = {name: getattr(launch, name) for name in names}
-    kept_tiles, kept_backend = plan.tiles, plan.backend
+    kept_tiles, kept_backend, kept_descriptors = plan.tiles, plan.backend, plan.has_descriptors
 
     def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
         return plan.select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
@@ -111,10 +113,11 @@ def compile_call(arch: int, run: Any) -> list[dict[str, Any]]:
     for name, kernel in kept.items():
         setattr(launch, name, Recorder(kernel, arch, reports))
     plan.tiles, plan.backend = tiles, lambda device: "triton"
+    plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
     try:
         run()
     finally:
         for name, kernel in kept.items():
             setattr(launch, name, kernel)
-        plan.tiles, plan.backend = kept_tiles, kept_backend
+        plan.tiles, plan.backend, plan.has_descriptors = kept_tiles, kept_backend, kept_descriptors
     return reports

@@ -1,0 +1,142 @@
+"""`flashbias demo` as a person runs it, and what it makes of evaluations that differ."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashbias.recipes import demo
+from flashbias.recipes.cli import app, main
+from flashbias.recipes.side_by_side import Measurement
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    monkeypatch.delenv("FLASHBIAS_DISABLE", raising=False)
+
+
+@pytest.fixture
+def needs_timm():
+    for name in ("timm", "sklearn"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
+def command_line(*arguments, **environment):
+    code = "from flashbias.recipes.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+
+
+@pytest.mark.usefixtures("needs_timm")
+def test_demo_ends_with_a_line_of_json():
+    process = command_line("demo", "--epochs", "1", "--seed", "3")
+    assert process.returncode == 0, process.stderr
+    *table, last = process.stdout.strip().splitlines()
+    assert any("peak memory" in line for line in table)
+    result = json.loads(last)
+    assert result["agree"] is True
+    assert result["images"] == 360
+    assert 0 < result["largest_logit_difference"] < result["logit_tolerance"], "0: the patch was not used"
+    assert result["top1_stock"] == pytest.approx(result["top1_patched"], abs=0.004)
+    assert (result["epochs"], result["seed"]) == (1, 3)
+    for name in ("seconds_stock", "seconds_patched", "peak_mib_stock", "peak_mib_patched", "training_seconds"):
+        assert result[name] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_timm")
+def test_demo_learns_to_read():
+    process = command_line("demo")
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.strip().splitlines()[-1])
+    assert result["top1_stock"] > 0.9
+    assert result["peak_mib_patched"] < result["peak_mib_stock"]
+
+
+def measurement(logits):
+    return Measurement(logits, seconds=1.0, peak=2**20)
+
+
+STOCK = [[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [4.0, 1.0]]
+LABELS = torch.tensor([0, 1, 0, 0])
+
+
+def changed(**logits):
+    rows = [list(row) for row in STOCK]
+    for row, value in logits.items():
+        rows[int(row[1:])][0] += value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("patched", "agree"),
+    [
+        (STOCK, True),
+        (changed(_0=5e-4), True),
+        (changed(_0=2e-3), False),
+        (changed(_0=float("nan")), False),
+        (changed(_0=-1.5, _2=-2.5), False),
+    ],
+    ids=["equal", "rounding", "wrong logit", "NaN", "wrong images"],
+)
+def test_verdict(patched, agree):
+    result = demo.compare(measurement(STOCK), measurement(patched), LABELS)
+    assert result["agree"] is agree
+    assert result["top1_stock"] == 1.0
+
+
+@pytest.mark.usefixtures("needs_timm")
+@pytest.mark.parametrize(("shift", "code"), [(1e-6, 0), (1e-2, 1)], ids=["agree", "differ"])
+def test_exit_code_is_the_verdict(monkeypatch, shift, code):
+    logits = torch.randn(360, 10)
+    pair = {"stock": measurement(logits.tolist()), "patched": measurement((logits + shift).tolist())}
+    monkeypatch.setattr(demo, "train", lambda *args: None)
+    monkeypatch.setattr(demo, "side_by_side", lambda *args: pair)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == code, result.output
+    assert json.loads(result.stdout.strip().splitlines()[-1])["agree"] is (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "reason"),
+    [("abacus", {}, "--device abacus"), ("cuda", {"CUDA_VISIBLE_DEVICES": ""}, "sees no GPU")],
+)
+@pytest.mark.usefixtures("needs_timm")
+def test_device_that_is_not_there_is_refused(device, environment, reason):
+    process = command_line("demo", "--device", device, **environment)
+    assert process.returncode == 2
+    assert reason in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_demo_needs_the_patch(monkeypatch, capsys):
+    monkeypatch.setenv("FLASHBIAS_DISABLE", "1")
+    monkeypatch.setattr(sys, "argv", ["flashbias", "demo"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "FLASHBIAS_DISABLE" in capsys.readouterr().err
+
+
+def test_demo_needs_timm(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(demo.DemoError, match=r"no timm.*pip install"):
+        demo.run(1, 0, "cpu")
+
+
+def test_command_line_starts_without_torch_models():
+    code = "import sys, flashbias.recipes.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"timm", "sklearn", "matplotlib", "flashbias.integrations"} & set(loaded)

@@ -78,13 +78,15 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     width = max(constants["WIDTH"], constants["WIDTH_V"])
     if itemsize == 4:
         return Tiles(64, 32, 4, 1) if width <= 64 else Tiles(32, 32, 4, 1)
+    if width > 128:
+        return Tiles(64, 32, 4, 2) if kind == "forward" else Tiles(32, 32, 4, 1)
     if kind == "forward":
-        return Tiles(128, 128, 4, 3) if width <= 32 else Tiles(128, 64, 8, 2)
+        return Tiles(128, 64, 4, 3) if width <= 64 else Tiles(128, 64, 8, 3)
     if kind == "queries":
-        return Tiles(128, 64, 8, 2)
+        return Tiles(64, 64, 4, 2)
     if kind == "keys":
-        return Tiles(64, 128, 8, 2)
-    return Tiles(64, 64, 4, 1)
+        return Tiles(32, 128, 4, 3) if width <= 64 else Tiles(32, 64, 4, 3)
+    return Tiles(64, 64, 4, 2)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -66,8 +68,9 @@ def scores_of(
 def _offset(masks: list[Mask], n_q: int, n_k: int) -> int | Tensor:
     """The offset of the causal diagonal, the smallest where there are several."""
     offsets = [n_k - n_q if part.offset is None else part.offset for part in masks if isinstance(part, Causal)]
-    if not offsets:
-        return n_k - n_q
-    if all(isinstance(offset, int) for offset in offsets):
-        return min(offsets)
-    return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(offset) for offset in offsets))).amin(0)
+    numbers = [offset for offset in offsets if not isinstance(offset, Tensor)]
+    tensors = [offset for offset in offsets if isinstance(offset, Tensor)]
+    if not tensors:
+        return min(numbers, default=n_k - n_q)
+    smallest = reduce(torch.minimum, tensors)
+    return smallest.clamp(max=min(numbers)) if numbers else smallest

@@ -35,16 +35,15 @@ class Call:
     q: Block
     k: Block
     v: Block
-    values: Tensor | None
+    planes: Tensor | None
     sizes: dict[str, Any]
     constants: dict[str, Any]
 
     def descriptor(self, tiles: plan.Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
-        if self.sizes["terms"].planes is None or self.values is None:
+        if self.planes is None:
             return None
-        planes = self.values.flatten(0, -3) if self.values.dim() > 2 else self.values[None]
-        return TensorDescriptor.from_tensor(planes, [1, tiles.block_m, tiles.block_n])
+        return TensorDescriptor.from_tensor(self.planes, [1, tiles.block_m, tiles.block_n])
 
 
 def prepare(
@@ -59,6 +58,7 @@ def prepare(
     o = operands
     q_columns, k_columns = (columns.q, columns.k) if columns else (None, None)
     values = _aligned(o.values)
+    planes = _planes(values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
@@ -82,7 +82,7 @@ def prepare(
         block(_positions(o.q_positions), **per_position),
         block(_positions(o.k_positions), **per_position),
         block(values),
-        _planes(values, layout),
+        None if planes is None else planes.shape[-2] * planes.stride(-2) if len(planes) == 1 else planes.stride(0),
     )
     masks = Masks(
         block(o.offsets, **per_batch),
@@ -101,7 +101,7 @@ def prepare(
         "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
         "SYMMETRIC": o.symmetric, "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    return Call(layout, layout.block(query), layout.block(key), layout.block(value), values, sizes, constants)
+    return Call(layout, layout.block(query), layout.block(key), layout.block(value), planes, sizes, constants)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -267,15 +267,13 @@ def _aligned(values: Tensor | None) -> Tensor | None:
     return padded.copy_(values)
 
 
-def _planes(values: Tensor | None, layout: Layout) -> tuple[int, int, int] | None:
-    """Strides of the planes of values, counted in planes, where a tensor descriptor can read them; else None."""
+def _planes(values: Tensor | None) -> Tensor | None:
+    """Values as a stack of planes `(planes, rows, columns)`, where a tensor descriptor can read them; else None."""
     if values is None or values.shape[-2] == 1 or not plan.has_descriptors(values.device):
         return None
     planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
-    if planes.data_ptr() != values.data_ptr():  # batch dimensions that do not lie in one line would be copied
-        return None
-    outer, inner, heads = layout.sizes(values)
-    return (inner * heads if outer > 1 else 0, heads if inner > 1 else 0, 1 if heads > 1 else 0)
+    in_place = planes.data_ptr() == values.data_ptr()  # batch dimensions that do not lie in one line are copied
+    return planes if in_place else None
 
 
 def _on(query: Tensor) -> AbstractContextManager[Any]:

@@ -30,8 +30,8 @@ class Block(NamedTuple):
 class Terms(NamedTuple):
     """The terms of the bias, None where there is none. Factor columns may be over `unit`.
 
-    A matrix is read through a tensor descriptor where `planes` says how many of its planes lie between neighbours in
-    outer batch, inner batch and heads, and by pointers elsewhere.
+    A matrix is read through a tensor descriptor where `plane`, the elements between one head's values and the next,
+    is given, and by pointers elsewhere.
     """
 
     q_columns: Block | None
@@ -40,7 +40,7 @@ class Terms(NamedTuple):
     q_positions: Block | None
     k_positions: Block | None
     matrix: Block | None
-    planes: tuple[int, int, int] | None
+    plane: int | None
 
 
 class Masks(NamedTuple):
@@ -251,7 +251,8 @@ def add_pointwise(
         slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
         b_s += slope * distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, ROWS)
     if tiles is not None:
-        i_plane = i_o * terms.planes[0] + i_i * terms.planes[1] + i_h * terms.planes[2]
+        stride = terms.matrix.stride
+        i_plane = (i_o * stride[0] + i_i * stride[1] + i_h * stride[2]) // terms.plane
         b_matrix = tiles.load([i_plane.to(tl.int32), m_first, n_first])
         b_matrix = b_matrix.reshape(tiles.block_shape[1], tiles.block_shape[2]).to(tl.float32)
         b_s += (b_matrix if STANDING else tl.trans(b_matrix)) * (1 / unit)

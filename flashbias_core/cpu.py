@@ -16,6 +16,7 @@ from torch import Tensor
 from .operands import Operands
 
 LOG2E = math.log2(math.e)
+MINUS_INF = -(1 << 23)  # the bits of -inf in fp32, as an integer
 
 # Scores in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
 BLOCK = 1 << 20
@@ -176,22 +177,23 @@ class _Part:
             scores.addcmul_(self["slopes"], distance)
         if "values" in self.tensors:
             scores.add_(_block(self["values"], rows, slice(n)))
-        for allowed in self.masks(rows, n):
-            scores.masked_fill_(~allowed, -torch.inf)
+        for first, allowed in self.masks(rows, n):
+            _hide(scores[..., first:], allowed)
         return scores
 
-    def masks(self, rows: slice, n: int) -> Iterator[Tensor]:
-        """Booleans that broadcast to a block."""
-        positions = self.positions[:n]
+    def masks(self, rows: slice, n: int) -> Iterator[tuple[int, Tensor]]:
+        """A column from which on booleans hold, and the booleans, which broadcast to the block from there on."""
         if "allowed" in self.tensors:
-            yield _block(self["allowed"], rows, slice(n))
+            yield 0, _block(self["allowed"], rows, slice(n))
         if "lengths" in self.tensors:
-            yield positions < self["lengths"][..., None, None]
+            first = max(int(self["lengths"].min()), 0)
+            yield first, self.positions[first:n] < self["lengths"][..., None, None]
         if "q_ids" in self.tensors:
             q_ids, k_ids = self["q_ids"][..., rows, None], self["k_ids"][..., None, :n]
-            yield (q_ids == k_ids) & (q_ids != -1)
+            yield 0, (q_ids == k_ids) & (q_ids != -1)
         if self.operands.causal:
-            yield positions <= self.diagonal(rows)[..., None]
+            first = max(rows.start + int(self.offset.min()) + 1, 0)
+            yield first, self.positions[first:n] <= self.diagonal(rows)[..., None]
 
     def add(self, name: str, gradient: Tensor, rows: slice = _ALL, columns: slice = _ALL) -> None:
         """Add to the gradient of this name, where it is wanted, summed over what was broadcast."""
@@ -268,6 +270,13 @@ def _wide(positions: Tensor) -> Tensor:
     if positions.is_floating_point():
         return positions if positions.dtype == torch.float64 else positions.float()
     return positions.long()
+
+
+def _hide(scores: Tensor, allowed: Tensor) -> None:
+    """-inf in place of what is not allowed, be it NaN."""
+    # By their bits, because masked_fill_ takes up to ten times as long, and more where the mask has no pattern.
+    keep = allowed.int().neg_()
+    scores.view(torch.int32).bitwise_and_(keep).bitwise_or_(keep.bitwise_not_().bitwise_and_(MINUS_INF))
 
 
 def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:

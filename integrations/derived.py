@@ -27,7 +27,8 @@ class Derived(Generic[T]):
             return make()
         # The tensors themselves are held, so that no other can get the identity of one of them.
         state = [(tensor, tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in tensors]
-        stream = torch.cuda.current_stream().cuda_stream if any(tensor.is_cuda for tensor in tensors) else None
+        # Nobody waits for another stream to finish making the value.
+        stream = next((torch.cuda.current_stream(t.device).cuda_stream for t in tensors if t.is_cuda), None)
         entry = self._entries.get(module)
         if entry is not None:
             known, value = entry

@@ -13,7 +13,17 @@ import pytest
 import torch
 from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, build, check, ids, pairwise
 
-from flashbias import ALiBi, Causal, DenseBias, FactoredBias, KeyPadding, SpatialDistance, biased_attention, cpu
+from flashbias import (
+    ALiBi,
+    Causal,
+    DenseBias,
+    FactoredBias,
+    KeyPadding,
+    SpatialDistance,
+    biased_attention,
+    cpu,
+    cpu_parts,
+)
 from flashbias.masks import Allowed
 from flashbias.operands import Operands
 from flashbias.reference import reference
@@ -83,10 +93,10 @@ CUT = pairwise(BIAS, MASK, [shape for shape in SHAPES if 0 not in shape.values()
 @pytest.mark.parametrize("case", CUT, ids=ids(CUT))
 def test_parts_and_blocks_do_not_change_the_result(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same problems, cut into single matrices and a few rows, as long ones are."""
-    monkeypatch.setattr(cpu, "BLOCK", 400)
-    monkeypatch.setattr(cpu, "MAX_THREADS", 1)
-    monkeypatch.setattr(cpu, "ROWS", 8)
-    monkeypatch.setattr(cpu, "MIN_ROWS", 3)
+    monkeypatch.setattr(cpu_parts, "BLOCK", 400)
+    monkeypatch.setattr(cpu_parts, "MAX_THREADS", 1)
+    monkeypatch.setattr(cpu_parts, "ROWS", 8)
+    monkeypatch.setattr(cpu_parts, "MIN_ROWS", 3)
     check(case)
 
 

@@ -1,0 +1,189 @@
+"""A call on the CPU, cut into parts, and the scores of a part's blocks.
+
+Every tensor is viewed as `(*batch, Hkv, G, ...)` with G the query heads that share a key head, each dimension its own
+size or 1. The matrices of a part of `(*batch, Hkv)` are worked on together, some rows at a time, so that a block of
+scores stays in the cache. Factors stand beside query and key, so that one product gives the scores and the bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .cpu_blocks import hide, multiply
+from .operands import Operands
+
+# Scores in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
+BLOCK = 1 << 20
+MAX_THREADS = 8
+ROWS = 128
+MIN_ROWS = 16
+
+# The tensors of a call, and their dimensions behind those of the batch and the heads; those of the second group have no
+# heads. Slopes are given two dimensions more.
+_OF_HEADS = {"query": 2, "key": 2, "value": 2, "q_factor": 2, "k_factor": 2, "slopes": 2, "values": 2, "allowed": 2}
+_OF_BATCH = {"q_positions": 1, "k_positions": 1, "offsets": 0, "lengths": 0, "q_ids": 1, "k_ids": 1}
+
+_ALL = slice(None)
+
+
+class Part:
+    """Some of the matrices of a call: `part[name]` are views of its tensors; query, key and value copies in fp32.
+
+    query: `(..., G, Nq, C + R)`, times scale. key: `(..., G or 1, Nk, C + R)`. value: `(..., 1, Nk, Cv)`.
+    space: `(3, scores of a block)`.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], operands: Operands, scale: float, space: Tensor) -> None:
+        self.tensors, self.operands, self.space = tensors, operands, space
+        self.device, self.n_k = space.device, tensors["key"].shape[-2]
+        self.positions = torch.arange(self.n_k, device=self.device)
+        self.offset = torch.tensor(operands.offset, device=self.device)
+        if "offsets" in tensors:
+            self.offset = tensors["offsets"].long()
+        if "lengths" in tensors:
+            # Nothing may come of what stands beyond the lengths, also not 0 * NaN.
+            lengths = tensors["lengths"][..., None]
+            inside = self.positions < lengths
+            for name in ("key", "value", "k_factor", "k_positions"):
+                if name in tensors:
+                    shown = inside if name == "k_positions" else inside[..., None]
+                    tensors[name] = torch.where(shown, tensors[name], 0)
+            self.n_k = min(self.n_k, int(lengths.max()))
+        self.query = tensors["query"].float() * scale
+        self.key, self.value = tensors["key"].float().contiguous(), tensors["value"].float().contiguous()
+        if "q_factor" in tensors:
+            self.query = _beside(self.query, tensors["q_factor"].float())
+            self.key = _beside(self.key, tensors["k_factor"].float())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Slices of the rows, and up to which key they attend."""
+        matrices, n_q = math.prod(self.query.shape[:-2]), self.query.shape[-2]
+        step = max(1, self.space.shape[1] // (matrices * max(self.n_k, 1)))
+        last = int(self.offset.max())
+        for start in range(0, n_q, step):
+            stop = min(start + step, n_q)
+            n = min(self.n_k, stop + last) if self.operands.causal else self.n_k
+            if n > 0:
+                yield slice(start, stop), n
+
+    def diagonal(self, rows: slice) -> Tensor:
+        """`i + offset`, `(..., 1, 1, rows)` or `(rows,)`."""
+        return torch.arange(rows.start, rows.stop, device=self.device) + self.offset[..., None]
+
+    def distance(self, rows: slice, n: int) -> Tensor | None:
+        """`p_j - p_i`, or its negative absolute value, in fp32: differences of integers are exact."""
+        if "slopes" not in self.tensors:
+            return None
+        q_positions, k_positions = self.diagonal(rows), self.positions[:n]
+        if "q_positions" in self.tensors:
+            q_positions, k_positions = _wide(self["q_positions"][..., rows]), _wide(self["k_positions"][..., :n])
+        distance = (k_positions[..., None, :] - q_positions[..., :, None]).float()
+        return distance.abs().neg_() if self.operands.symmetric else distance
+
+    def scores(self, rows: slice, n: int, distance: Tensor | None) -> Tensor:
+        """Scores with bias and mask, `(..., G, rows, n)`."""
+        scores = multiply(self.query[..., rows, :], self.key[..., :n, :].mT, self.space[0])
+        if distance is not None:
+            scores.addcmul_(self["slopes"], distance)
+        if "values" in self.tensors:
+            scores.add_(_block(self["values"], rows, slice(n)))
+        for first, allowed in self.masks(rows, n):
+            hide(scores[..., first:], allowed)
+        return scores
+
+    def masks(self, rows: slice, n: int) -> Iterator[tuple[int, Tensor]]:
+        """A column from which on booleans hold, and the booleans, which broadcast to the block from there on."""
+        if "allowed" in self.tensors:
+            yield 0, _block(self["allowed"], rows, slice(n))
+        if "lengths" in self.tensors:
+            first = max(int(self["lengths"].min()), 0)
+            yield first, self.positions[first:n] < self["lengths"][..., None, None]
+        if "q_ids" in self.tensors:
+            q_ids, k_ids = self["q_ids"][..., rows, None], self["k_ids"][..., None, :n]
+            yield 0, (q_ids == k_ids) & (q_ids != -1)
+        if self.operands.causal:
+            first = max(rows.start + int(self.offset.min()) + 1, 0)
+            yield first, self.positions[first:n] <= self.diagonal(rows)[..., None]
+
+    def add(self, name: str, gradient: Tensor, rows: slice = _ALL, columns: slice = _ALL) -> None:
+        """Add to the gradient of this name, where it is wanted, summed over what was broadcast."""
+        if f"grad {name}" in self.tensors:
+            total = _block(self[f"grad {name}"], rows, columns)
+            total += gradient.sum_to_size(total.shape)
+
+
+def parts(
+    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, extra: dict[str, tuple[Tensor, int]]
+) -> Iterator[Part]:
+    """A call in parts; `extra` tensors come with their number of dimensions behind the heads."""
+    (*batch, heads, n_q, _), kv_heads, n_k = query.shape, key.shape[-3], key.shape[-2]
+    if query.shape[:-1].numel() == 0 or n_k == 0:
+        return
+    tensors = dict(extra)
+    for name, tensor in {"query": query, "key": key, "value": value, **vars(operands)}.items():
+        if isinstance(tensor, Tensor) and name in _OF_BATCH:
+            tensors[name] = tensor.unsqueeze(tensor.dim() - _OF_BATCH[name]), _OF_BATCH[name]
+        elif isinstance(tensor, Tensor):
+            tensors[name] = as_matrices(name, tensor), _OF_HEADS[name]
+    views = {name: _view(tensor, behind, len(batch), kv_heads) for name, (tensor, behind) in tensors.items()}
+    row = heads // kv_heads * n_k
+    budget = max(BLOCK * min(torch.get_num_threads(), MAX_THREADS), MIN_ROWS * row)
+    space = query.new_empty((3, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=torch.float32)
+    for chunk in _chunks((*batch, kv_heads), budget // (row * min(n_q, ROWS))):
+        yield Part({name: _narrow(view, chunk) for name, view in views.items()}, operands, scale, space)
+
+
+def as_matrices(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, slopes as matrices of one entry."""
+    return tensor[..., None, None] if name == "slopes" else tensor
+
+
+def _view(tensor: Tensor, behind: int, batch: int, kv_heads: int) -> Tensor:
+    """`(*batch, H, ...)` as `(*batch, Hkv, G, ...)`, missing dimensions as 1."""
+    front = tensor.dim() - behind
+    if front == 0:
+        tensor, front = tensor[None], 1
+    size = tensor.shape[front - 1]
+    tensor = tensor.unflatten(front - 1, (kv_heads, size // kv_heads) if size % kv_heads == 0 else (1, 1))
+    return tensor[(None,) * (batch + 1 - front)]
+
+
+def _chunks(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut an array of these sizes into parts of at most so many entries, or of one."""
+    if not sizes:
+        yield ()
+        return
+    rest = math.prod(sizes[1:])
+    step = max(1, most // rest)
+    for start in range(0, sizes[0], step):
+        for others in [(_ALL,) * (len(sizes) - 1)] if rest <= most else _chunks(sizes[1:], most):
+            yield slice(start, min(start + step, sizes[0])), *others
+
+
+def _narrow(view: Tensor, chunk: tuple[slice, ...]) -> Tensor:
+    return view[tuple(_ALL if size == 1 else part for part, size in zip(chunk, view.shape, strict=False))]
+
+
+def _block(tensor: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Some rows and columns; all rows where there is one for all queries."""
+    return tensor[..., _ALL if tensor.shape[-2] == 1 else rows, columns]
+
+
+def _beside(first: Tensor, second: Tensor) -> Tensor:
+    """Two matrices side by side, in dimensions broadcast against each other."""
+    shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    return torch.cat([matrix.expand(*shape, matrix.shape[-1]) for matrix in (first, second)], -1)
+
+
+def _wide(positions: Tensor) -> Tensor:
+    """Positions in a dtype in which their differences are exact, or as good as can be."""
+    if positions.is_floating_point():
+        return positions if positions.dtype == torch.float64 else positions.float()
+    return positions.long()

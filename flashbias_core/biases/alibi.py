@@ -68,6 +68,8 @@ class ALiBi(Bias):
             q_positions, k_positions = self.q_positions, self.k_positions
         if q_positions.is_floating_point() or k_positions.is_floating_point():
             q_positions, k_positions = q_positions.to(dtype), k_positions.to(dtype)
+        else:  # differences of small integers wrap around in their own dtype
+            q_positions, k_positions = q_positions.long(), k_positions.long()
         distance = (k_positions[..., None, None, :] - q_positions[..., None, :, None]).to(dtype)
         if self.symmetric:
             distance = -distance.abs()

@@ -164,19 +164,16 @@ def test_causal_alibi_on_sampled_rows_of_a_long_text(slope: float, dtype: torch.
         assert_as_accurate(name, result, measure, truth, dtype)
 
 
-def test_small_positions_do_not_wrap() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+def test_differences_of_small_positions_do_not_wrap(dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(1, n, 16) for n in (2, 3, 3))
-    for dtype in (torch.int8, torch.uint8):
-        q_positions = torch.tensor([0, 120]).to(dtype)
-        k_positions = torch.tensor([120, 3, 0] if dtype == torch.uint8 else [-120, 3, 127]).to(dtype)
-        slopes = torch.tensor([0.25])
-        results = [
-            biased_attention(
-                query, key, value, ALiBi(slopes, symmetric=True, q_positions=q.to(kind), k_positions=k.to(kind))
-            )
-            for q, k, kind in ((q_positions, k_positions, kind) for kind in (dtype, torch.int64))
-        ]
-        torch.testing.assert_close(*results, rtol=0, atol=0)
+    positions = torch.tensor([0, 120]), torch.tensor([0, 3, 250 if dtype == torch.uint8 else -125])
+    wide, small = (
+        ALiBi(torch.tensor([0.25]), q_positions=q, k_positions=k)
+        for q, k in (positions, [position.to(dtype) for position in positions])
+    )
+    assert torch.equal(small.dense(2, 3), wide.dense(2, 3))
+    assert torch.equal(biased_attention(query, key, value, small), biased_attention(query, key, value, wide))
 
 
 def test_nothing_beyond_the_lengths_is_read_not_even_positions() -> None:

@@ -67,7 +67,10 @@ class Tiles:
 
 
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
-    """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values")."""
+    """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
+
+    `constants` are those of the kernel, and DENSE (a dense bias) and LONG (1,024 keys or more).
+    """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
     return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
@@ -76,17 +79,29 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
 def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Mapping[str, Any]) -> Tiles:
     """The tiles for a kernel's constants and `itemsize` bytes an element on a device of that compute capability."""
     width = max(constants["WIDTH"], constants["WIDTH_V"])
+    rank, dense = constants["RANK"], constants["DENSE"]
     if itemsize == 4:
-        return Tiles(64, 32, 4, 1) if width <= 64 else Tiles(32, 32, 4, 1)
+        return Tiles(64, 64, 4, 1) if width <= 64 else Tiles(32, 32, 4, 1)
     if width > 128:
         return Tiles(64, 32, 4, 2) if kind == "forward" else Tiles(32, 32, 4, 1)
     if kind == "forward":
-        return Tiles(128, 64, 4, 3) if width <= 64 else Tiles(128, 64, 8, 3)
+        if width == 128 or dense:
+            return Tiles(64, 64, 4, 3)
+        if width == 64 or rank > 32:
+            return Tiles(128, 64, 8, 3)
+        return Tiles(64, 128, 4, 3) if constants["LONG"] else Tiles(64, 64, 4, 3)
     if kind == "queries":
-        return Tiles(64, 64, 4, 2)
+        if width == 128 or dense:
+            return Tiles(64, 64, 4, 2)
+        return Tiles(64, 64, 4, 3)
     if kind == "keys":
-        return Tiles(32, 128, 4, 3) if width <= 64 else Tiles(32, 64, 4, 3)
-    return Tiles(64, 64, 4, 2)
+        return Tiles(32, 128, 4, 3) if width <= 64 else Tiles(64, 64, 4, 2)
+    return Tiles(128, 64, 4, 2) if width <= 64 else Tiles(64, 64, 4, 2)
+
+
+def precision(dtype: torch.dtype, width: int) -> str:
+    """How products of fp32 are formed: by three of tf32, or on ordinary units where many features add up."""
+    return "ieee" if dtype == torch.float32 and width > 128 else "tf32x3"
 
 
 @cache

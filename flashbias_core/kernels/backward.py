@@ -73,8 +73,9 @@ def queries_kernel(
     """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted.
 
     delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and P * (dP - delta) do not
-    quite sum to 1 and 0. Where the gradient is to be better than the dtype of the queries, this kernel takes the excess out of
-    what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to the kernels after it.
+    quite sum to 1 and 0. Where the gradient is to be better than the dtype of the queries, this kernel takes the
+    excess out of what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to the kernels
+    after it.
     """
     EXACT: tl.constexpr = low is not None
     EXCESS: tl.constexpr = EXACT or GRADIENT_RANK > 0 or d_slopes is not None

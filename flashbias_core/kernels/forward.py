@@ -68,8 +68,13 @@ def forward_kernel(
             b_rescale = tl.exp2(b_max * to_log2 - b_shift)
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
-            b_out = b_out * b_rescale[:, None]
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)  # [M, N] @ [N, Cv]
+            if v.ptr.dtype.element_ty == tl.float32:
+                # Added outside of the product: tensor cores truncate what they accumulate, over many tiles too much.
+                b_pv = tl.dot(b_p, b_v, input_precision=PRECISION)  # [M, N] @ [N, Cv]
+                b_out = tl.fma(b_out, b_rescale[:, None].broadcast_to(BLOCK_M, WIDTH_V), b_pv)
+            else:
+                b_out = b_out * b_rescale[:, None]
+                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)  # [M, N] @ [N, Cv]
             b_max = b_new
 
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max * unit + tl.log(b_sum))

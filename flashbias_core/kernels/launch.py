@@ -39,6 +39,11 @@ class Call:
     sizes: dict[str, Any]
     constants: dict[str, Any]
 
+    def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
+        """The tiles of a kernel for this call."""
+        traits = {"DENSE": self.sizes["terms"].matrix is not None, "LONG": self.sizes["n_k"] >= 1024}
+        return plan.tiles(kind, query.device, query.dtype, self.constants | traits)
+
     def descriptor(self, tiles: plan.Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
         if self.planes is None:
@@ -82,7 +87,7 @@ def prepare(
         block(_positions(o.q_positions), **per_position),
         block(_positions(o.k_positions), **per_position),
         block(values),
-        None if planes is None else planes.shape[-2] * planes.stride(-2) if len(planes) == 1 else planes.stride(0),
+        _plane_size(planes),
     )
     masks = Masks(
         block(o.offsets, **per_batch),
@@ -99,7 +104,7 @@ def prepare(
     constants = {
         "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
         "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
-        "SYMMETRIC": o.symmetric, "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "SYMMETRIC": o.symmetric, "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v))),
     }  # fmt: skip
     return Call(layout, layout.block(query), layout.block(key), layout.block(value), planes, sizes, constants)
 
@@ -111,7 +116,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     call = prepare(query, key, value, operands, scale)
-    tiles = plan.tiles("forward", query.device, query.dtype, call.constants)
+    tiles = call.tiles("forward", query)
     with _on(query):
         forward_kernel[(plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(),)](
             call.q,
@@ -199,7 +204,7 @@ def _walk(
             d_columns = query.new_empty((*query.shape[:-2], n_rows, stop - start), dtype=torch.float32)
             parts.append(d_columns)
         constants = call.constants | {"GRADIENT_RANK": stop - start}
-        tiles = plan.tiles(kind, query.device, query.dtype, constants)
+        tiles = call.tiles(kind, query)
         block = tiles.block_m if kind == "queries" else tiles.block_n
         kernel[(plan.cdiv(n_rows, block) * query.shape[:-2].numel(),)](
             call.q, call.k, call.v, d_columns=d_columns, gradient_columns=columns, **made, **statistics, **call.sizes,
@@ -216,7 +221,7 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
     one_row = values.shape[-2] == 1 and n_q > 1
     constants = call.constants | {"ONE_ROW": one_row}
-    tiles = plan.tiles("values", query.device, query.dtype, constants)
+    tiles = call.tiles("values", query)
     n_m, n_n = plan.cdiv(n_q, tiles.block_m), plan.cdiv(n_k, tiles.block_n)
     programs = math.prod(own) * n_n * (1 if one_row else n_m)
     members = math.prod(shared) * (n_m if one_row else 1)
@@ -274,6 +279,13 @@ def _planes(values: Tensor | None) -> Tensor | None:
     planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
     in_place = planes.data_ptr() == values.data_ptr()  # batch dimensions that do not lie in one line are copied
     return planes if in_place else None
+
+
+def _plane_size(planes: Tensor | None) -> int | None:
+    """Elements between the starts of neighbouring planes."""
+    if planes is None:
+        return None
+    return planes.stride(0) if len(planes) > 1 else planes[0].numel()
 
 
 def _on(query: Tensor) -> AbstractContextManager[Any]:

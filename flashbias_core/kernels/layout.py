@@ -81,7 +81,7 @@ class Layout:
         return Block(view, (strides[0], strides[1], strides[2] if head else 0, strides[2 + head] if row else 0))
 
     def sizes(self, tensor: Tensor) -> tuple[int, int, int]:
-        """The sizes of its own that `tensor`, `(*batch, H, rows, columns)`, has in outer batch, inner batch and heads."""
+        """The sizes that `tensor`, `(*batch, H, rows, columns)`, itself has in outer batch, inner batch and heads."""
         own = (1,) * (len(self.batch) + 3 - tensor.dim()) + tuple(tensor.shape)
         return prod(own[: self.split]), prod(own[self.split : len(self.batch)]), own[-3]
 

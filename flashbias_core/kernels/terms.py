@@ -1,8 +1,8 @@
 """What all kernels share: how a block is loaded, and what each term and mask does to a tile of scores.
 
 The accumulator holds scores over `unit`, the scale of the products of queries and keys: these need no scaling then,
-and one multiplication by `unit * log2(e)` stands before `exp2`. Rows and columns come as index blocks, `[M, 1]` and `[1, N]`
-or the other way round, so that the same functions serve tiles of either orientation.
+and one multiplication by `unit * log2(e)` stands before `exp2`. Rows and columns come as index blocks, `[M, 1]` and
+`[1, N]` or the other way round, so that the same functions serve tiles of either orientation.
 
 Names: `i_` program index, `o_` offsets, `p_` pointers, `b_` block in registers, `n_` sizes.
 """

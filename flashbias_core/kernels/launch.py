@@ -229,7 +229,8 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     planes = query.new_empty((splits, *own, values.shape[-2], n_k), dtype=torch.float32)
     values_kernel[(programs * splits,)](
         call.q, call.k, call.v, d_values=planes, n_outer_shared=shared[0], n_inner_shared=shared[1],
-        n_heads_shared=shared[2], n_splits=splits, **statistics, **call.sizes, **constants, **tiles.options(), tiles=call.descriptor(tiles),
+        n_heads_shared=shared[2], n_splits=splits, tiles=call.descriptor(tiles), **statistics, **call.sizes,
+        **constants, **tiles.options(),
     )  # fmt: skip
     return planes.sum(0).reshape(values.shape)
 

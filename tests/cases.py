@@ -45,7 +45,7 @@ BROADCASTS = ("full", "batch", "first", "last", "heads", "missing", "bare")
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 # Eager computations whose largest error is the measure. That of a single one can be small by chance, above all for a
 # gradient of few entries.
-ORDERS = 4
+ORDERS = 8
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _bias(name: str, draw: _Draw) -> tuple[dict[str, Tensor], Callable[..., Bias
         leaves = {
             "x_q": 10 + 2 * draw.uniform(*batch, n_q, 3),
             "x_k": 10 + 2 * draw.uniform(*batch, n_k, 3),
-            "weight": draw.normal(*batch, *heads, n_q, dtype=torch.float32),
+            "weight": draw.normal(*batch, *heads, n_q, dtype=torch.float32) * 0.4,
         }
         return leaves, SpatialDistance
     rows = 1 if name == "dense_row" else n_q

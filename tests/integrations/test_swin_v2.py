@@ -26,13 +26,17 @@ def attention_and_mask(host, window, shifted, images=3, dim=32, heads=4, **optio
 
 
 def run(attention, x, mask, autocast=False, dtype=torch.float32):
-    """Output, and the gradients of the input and of every parameter, by name."""
+    """Output, and the gradients of the input and of every parameter, by name.
+
+    A parameter's is a sum over all rows of x: divided by the root of their number it is as large as a single one.
+    """
     attention = copy.deepcopy(attention).to(dtype)
     x = x.detach().to(dtype).requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         out = attention(x, mask=None if mask is None else mask.to(dtype))
     out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out).sin().to(out.dtype))
-    gradients = {name: parameter.grad for name, parameter in attention.named_parameters()}
+    rows = x.shape[0] * x.shape[1]
+    gradients = {name: parameter.grad / rows**0.5 for name, parameter in attention.named_parameters()}
     return {"out": out, "x": x.grad, **gradients}
 
 

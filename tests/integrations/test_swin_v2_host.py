@@ -136,11 +136,16 @@ def test_older_tracers_find_the_code_of_timm(swin_v2, stock, make_model, image, 
             expected = model(image)
         if tracer == "jit.script":
             traced = torch.jit.script(model)
+            operations = str(traced.inlined_graph)
         elif tracer == "jit.trace":
             traced = torch.jit.trace(model, image)
+            operations = str(traced.inlined_graph)
         else:
             traced = torch.fx.symbolic_trace(model)
-        assert torch.equal(traced(image), expected)
+            operations = str(traced.graph)
+        assert "softmax" in operations
+        assert "flashbias" not in operations.replace("_before_flashbias", "")
+        torch.testing.assert_close(traced(image), expected)
 
 
 def test_revert_gives_back_the_identical_code(swin_v2, host, make_model, image):
@@ -229,11 +234,11 @@ def test_what_is_not_covered_is_handed_over_and_said_once(
     swin_v2, stock, make_model, image, caplog, options, call, reason
 ):
     model = make_model(**options)
-    state = torch.get_rng_state()
     with stock():
+        torch.manual_seed(7)
         expected = call(model, image)
     for _ in range(2):
-        torch.set_rng_state(state)
+        torch.manual_seed(7)
         torch.testing.assert_close(call(model, image), expected, rtol=1e-4, atol=1e-4)
     assert sum(reason in record.message for record in caplog.records) == 1
 
@@ -260,9 +265,8 @@ def test_verify_reports_each_layer(swin_v2, make_model, image, monkeypatch, caps
     monkeypatch.setenv("FLASHBIAS_VERIFY", "1")
     model = make_model(proj_drop_rate=0.3).train()
     for _ in range(2):
-        state = torch.get_rng_state()
+        torch.manual_seed(7)
         verified = model(image)
-        torch.set_rng_state(state)
     found = verify.differences()
     assert [(entry.layer, entry.calls) for entry in found] == [(f"WindowAttention {n}", 2) for n in range(BLOCKS)]
     assert all(0 < entry.difference < 1e-4 for entry in found)
@@ -272,8 +276,8 @@ def test_verify_reports_each_layer(swin_v2, make_model, image, monkeypatch, caps
     assert "WindowAttention 3" in capsys.readouterr().err
 
     monkeypatch.delenv("FLASHBIAS_VERIFY")
-    if DEVICE == "cpu":
-        assert torch.equal(model(image), verified), "dropout draws the same numbers with and without"
+    torch.manual_seed(7)  # dropout draws the same numbers with and without
+    torch.testing.assert_close(model(image), verified)
 
 
 def test_verify_shows_a_wrong_result(swin_v2, make_model, image, monkeypatch):

@@ -38,6 +38,15 @@ class Layout:
         matrices: Sequence[tuple[Tensor | None, int]],
     ) -> None:
         self.batch, self.heads = tuple(batch), heads
+        self.split = max(len(self.batch) - 1, 0)
+        if len(self.batch) > 2:
+            self.split = self._fold(vectors, matrices)
+        self.outer, self.inner = prod(self.batch[: self.split]), prod(self.batch[self.split :])
+
+    def _fold(
+        self, vectors: Sequence[tuple[Tensor | None, int]], matrices: Sequence[tuple[Tensor | None, int]]
+    ) -> int:
+        """The place between batch dimensions before which they fold into `outer`, and behind it into `inner`."""
         splits = self._splits(vectors) | self._splits(matrices)
         if len(splits) > 1:
             fixed = self._splits(matrices)
@@ -49,8 +58,7 @@ class Layout:
                     "permute the batch dimensions so that those of size 1 stand together, or expand one of them",
                 )
             splits = fixed or {min(splits)}
-        self.split = min(splits) if splits else 0
-        self.outer, self.inner = prod(self.batch[: self.split]), prod(self.batch[self.split :])
+        return min(splits, default=0)
 
     def _splits(self, tensors: Sequence[tuple[Tensor | None, int]]) -> set[int]:
         """The places between batch dimensions that may not be folded."""
@@ -75,10 +83,13 @@ class Layout:
         trailing = head + row + column
         if column and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             tensor = tensor.contiguous()
-        view = self._expanded(tensor, trailing)
-        view = view.reshape((self.outer, self.inner, *view.shape[len(self.batch) :]))
-        strides = [0 if size == 1 else stride for size, stride in zip(view.shape, view.stride(), strict=True)]
-        return Block(view, (strides[0], strides[1], strides[2] if head else 0, strides[2 + head] if row else 0))
+        if len(self.batch) > 2:
+            tensor = self._expanded(tensor, trailing)
+            tensor = tensor.reshape((self.outer, self.inner, *tensor.shape[len(self.batch) :]))
+        # Dimensions that are missing, or of size 1, broadcast: a stride of zero.
+        strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        strides = [0] * (2 + trailing - len(strides)) + strides
+        return Block(tensor, (strides[0], strides[1], strides[2] if head else 0, strides[2 + head] if row else 0))
 
     def sizes(self, tensor: Tensor) -> tuple[int, int, int]:
         """The sizes that `tensor`, `(*batch, H, rows, columns)`, itself has in outer batch, inner batch and heads."""

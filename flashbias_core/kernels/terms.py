@@ -95,12 +95,15 @@ def products(
     BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
     FOLDED: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile from its matrix products: of the factor columns, then of queries and keys.
+    """Scores of a tile from its matrix products: of queries and keys, and of the factor columns.
 
     Left and right are queries and keys, or keys and queries. `b_left_columns` are the left columns where one chunk
     holds them all, loaded once by the caller. CHECK: the right side may cross its end.
     """
     b_s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
+    if FOLDED:
+        # First, since the bias over a small unit is large, and each later addition would be rounded to its size.
+        b_s = tl.dot(b_left, tl.trans(b_right), b_s, input_precision=PRECISION)  # [L, C] @ [C, R']
     if RANK > 0:
         for i_chunk in tl.static_range(0, RANK // CHUNK):
             if RANK > CHUNK:
@@ -111,9 +114,9 @@ def products(
                 right_columns, i_chunk, i_o, i_i, i_h, right_first, n_right, BLOCK_RIGHT, CHUNK, CHECK
             )
             b_s = tl.dot(b_left_columns, tl.trans(b_columns), b_s, input_precision=PRECISION)  # [L, R] @ [R, R']
-        if not FOLDED:
-            b_s *= 1 / unit
-    return tl.dot(b_left, tl.trans(b_right), b_s, input_precision=PRECISION)  # [L, C] @ [C, R']
+    if not FOLDED:
+        b_s = tl.dot(b_left, tl.trans(b_right), b_s * (1 / unit), input_precision=PRECISION)  # [L, C] @ [C, R']
+    return b_s
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def biased_attention(
     if is_causal:
         masks = Causal() if masks is None else masks & Causal()
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
-    out, lse = ops.attention(query, key, value, *vars(operands).values(), float(scale))
+    out, lse = ops.attention(query, key, value, *(value for _, value in operands.items()), float(scale))
     return (out, lse) if return_lse else out
 
 

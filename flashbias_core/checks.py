@@ -15,10 +15,8 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 def check_broadcast(name: str, tensor: Tensor, wanted: Sequence[int], meaning: str) -> None:
     """Raise `ShapeError` unless `tensor` broadcasts to the shape `wanted`, which `meaning` names."""
     shape = tensor.shape
-    fits = len(shape) <= len(wanted)
-    for size, target in zip(reversed(shape), reversed(wanted), strict=False):
-        fits = fits and (size == 1 or size == target)
-    if not fits:
+    missing = len(wanted) - len(shape)
+    if missing < 0 or any(size not in (1, target) for size, target in zip(shape, wanted[missing:], strict=True)):
         raise ShapeError(
             f"{name} of shape {tuple(shape)}",
             f"a shape that broadcasts to {meaning} = {tuple(wanted)}",

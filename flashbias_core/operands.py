@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,13 @@ class Operands:
     causal: bool = False
     offset: int = 0
 
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and values in the order of the operator's schema, as `vars`, which breaks the graphs of torch 2.7."""
+        return [(name, getattr(self, name)) for name in _NAMES]
+
+
+_NAMES = tuple(field.name for field in fields(Operands))
+
 
 def gather(
     bias: Bias | None, mask: Mask | None, batch: Sequence[int], heads: int, query: Tensor, key: Tensor
@@ -70,7 +78,7 @@ def gather(
         # What stands at positions that no row or column uses may be anything, also NaN.
         operands.q_factor = _zero_beyond(operands.q_factor, problem.q_counts)
         operands.k_factor = _zero_beyond(operands.k_factor, problem.k_counts)
-    for name, value in vars(operands).items():
+    for name, value in operands.items():
         if isinstance(value, Tensor) and value.device != query.device:
             raise DeviceError(
                 f"{name} on {value.device}",
@@ -82,36 +90,35 @@ def gather(
 
 def _add_mask(operands: Operands, mask: Mask, problem: Problem) -> None:
     batch, n_q, n_k = problem.batch, problem.n_q, problem.n_k
-    match mask:
-        case Causal():
-            offset = n_k - n_q if mask.offset is None else mask.offset
-            if isinstance(offset, Tensor):
-                check_broadcast("offset", offset, batch, "(*batch,)")
-            if operands.causal:
-                offset = _smaller(offset, operands.offset if operands.offsets is None else operands.offsets)
-            operands.causal = True
-            operands.offset, operands.offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-            problem.offset = offset
-        case KeyPadding():
-            check_broadcast("lengths", mask.lengths, batch, "(*batch,)")
-            lengths = mask.lengths
-            operands.lengths = lengths if operands.lengths is None else torch.minimum(lengths, operands.lengths)
-        case Segments():
-            for name, ids, n, meaning in (("q_ids", mask.q_ids, n_q, "Nq"), ("k_ids", mask.k_ids, n_k, "Nk")):
-                check_last(name, ids, (n,), f"({meaning},)")
-                check_broadcast(name, ids, (*batch, n), f"(*batch, {meaning})")
-            operands.q_ids, operands.k_ids = _join(mask.q_ids, operands.q_ids), _join(mask.k_ids, operands.k_ids)
-        case Allowed():
-            check_last("mask", mask.allowed, (n_k,), "(Nk,)")
-            check_broadcast("mask", mask.allowed, (*batch, problem.heads, n_q, n_k), "(*batch, H, Nq, Nk)")
-            allowed = mask.allowed[(None,) * max(0, 2 - mask.allowed.dim())]
-            operands.allowed = allowed if operands.allowed is None else operands.allowed & allowed
-        case _:
-            raise UnsupportedError(
-                f"a mask of type {type(mask).__name__}",
-                "Causal, KeyPadding, Segments or a boolean tensor",
-                "pass mask.dense(n_q, n_k)",
-            )
+    if isinstance(mask, Causal):
+        offset = n_k - n_q if mask.offset is None else mask.offset
+        if isinstance(offset, Tensor):
+            check_broadcast("offset", offset, batch, "(*batch,)")
+        if operands.causal:
+            offset = _smaller(offset, operands.offset if operands.offsets is None else operands.offsets)
+        operands.causal = True
+        operands.offset, operands.offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+        problem.offset = offset
+    elif isinstance(mask, KeyPadding):
+        check_broadcast("lengths", mask.lengths, batch, "(*batch,)")
+        lengths = mask.lengths
+        operands.lengths = lengths if operands.lengths is None else torch.minimum(lengths, operands.lengths)
+    elif isinstance(mask, Segments):
+        for name, ids, n, meaning in (("q_ids", mask.q_ids, n_q, "Nq"), ("k_ids", mask.k_ids, n_k, "Nk")):
+            check_last(name, ids, (n,), f"({meaning},)")
+            check_broadcast(name, ids, (*batch, n), f"(*batch, {meaning})")
+        operands.q_ids, operands.k_ids = _join(mask.q_ids, operands.q_ids), _join(mask.k_ids, operands.k_ids)
+    elif isinstance(mask, Allowed):
+        check_last("mask", mask.allowed, (n_k,), "(Nk,)")
+        check_broadcast("mask", mask.allowed, (*batch, problem.heads, n_q, n_k), "(*batch, H, Nq, Nk)")
+        allowed = mask.allowed[(None,) * max(0, 2 - mask.allowed.dim())]
+        operands.allowed = allowed if operands.allowed is None else operands.allowed & allowed
+    else:
+        raise UnsupportedError(
+            f"a mask of type {type(mask).__name__}",
+            "Causal, KeyPadding, Segments or a boolean tensor",
+            "pass mask.dense(n_q, n_k)",
+        )
 
 
 def _smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
@@ -144,32 +151,31 @@ def _zero_beyond(factor: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _add_term(operands: Operands, term: Term) -> None:
-    match term:
-        case Rank():
-            factors = _storage(term.q_factor), _storage(term.k_factor)
-            dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
-            q_factor, k_factor = (factor.to(dtype) for factor in factors)
-            operands.q_factor = _columns(operands.q_factor, q_factor)
-            operands.k_factor = _columns(operands.k_factor, k_factor)
-        case Linear():
-            if operands.slopes is None:
-                operands.slopes, operands.symmetric = term.slopes, term.symmetric
-                operands.q_positions, operands.k_positions = term.q_positions, term.k_positions
-            elif (
-                operands.symmetric == term.symmetric
-                and operands.q_positions is term.q_positions
-                and operands.k_positions is term.k_positions
-            ):
-                operands.slopes = operands.slopes + term.slopes
-            else:
-                raise UnsupportedError(
-                    "a sum of ALiBi biases that differ in positions or symmetry",
-                    "at most one ALiBi, or several over the same position tensors with the same symmetry",
-                    "give one of them as FactoredBias or DenseBias",
-                )
-        case Tile():
-            values = _storage(term.values)
-            operands.values = values if operands.values is None else operands.values.float() + values.float()
+    if isinstance(term, Rank):
+        factors = _storage(term.q_factor), _storage(term.k_factor)
+        dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
+        q_factor, k_factor = (factor.to(dtype) for factor in factors)
+        operands.q_factor = _columns(operands.q_factor, q_factor)
+        operands.k_factor = _columns(operands.k_factor, k_factor)
+    elif isinstance(term, Linear):
+        if operands.slopes is None:
+            operands.slopes, operands.symmetric = term.slopes, term.symmetric
+            operands.q_positions, operands.k_positions = term.q_positions, term.k_positions
+        elif (
+            operands.symmetric == term.symmetric
+            and operands.q_positions is term.q_positions
+            and operands.k_positions is term.k_positions
+        ):
+            operands.slopes = operands.slopes + term.slopes
+        else:
+            raise UnsupportedError(
+                "a sum of ALiBi biases that differ in positions or symmetry",
+                "at most one ALiBi, or several over the same position tensors with the same symmetry",
+                "give one of them as FactoredBias or DenseBias",
+            )
+    elif isinstance(term, Tile):
+        values = _storage(term.values)
+        operands.values = values if operands.values is None else operands.values.float() + values.float()
 
 
 def _storage(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def _backend(query: Tensor) -> ModuleType:
         from .kernels import launch
 
         return launch
-    from flashbias import cpu
+    from . import cpu
 
     return cpu
 

@@ -49,12 +49,13 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A kernel's tile of queries by keys, its warps, and how many tiles are in flight."""
+    """A kernel's tile of queries by keys, its warps, how many tiles are in flight, and factor gradients at a time."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    slice: int = 64
 
     def options(self) -> dict[str, int]:
         """As a launch takes them."""
@@ -69,34 +70,63 @@ class Tiles:
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
-    `constants` are those of the kernel, and DENSE (a dense bias) and LONG (1,024 keys or more).
+    `constants` are those of the kernel, and PAIRS (a dense bias or a boolean mask) and LONG (1,024 keys or more).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
     return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
 
 
+# A kernel's tile of queries by keys / warps / stages (/ slice, where it is not 64), at head dims up to 32, 64, 128 and
+# 256. A second word makes a row that of some calls: more than 32 factor columns ("rank"), else a dense bias or a boolean
+# mask ("pairs"), else 1,024 keys or more ("long"). For Hopper and 16 bits they are the fastest on an H200 of those that
+# do not spill. Elsewhere nothing was measured: they compile without spills and within the shared memory there.
+TILES = {
+    "hopper": {
+        "forward":       "64x64/4/3   128x64/8/3  64x64/4/3  64x32/8/2",
+        "forward long":  "64x128/4/3  128x64/8/3  64x64/4/3  64x32/8/2",
+        "forward pairs": "64x64/4/3   64x64/4/3   64x32/8/2  64x32/8/2",
+        "forward rank":  "128x64/8/3  128x64/8/3  64x32/4/2  64x32/8/2",
+        "queries":       "64x64/4/3   64x64/4/3   64x64/8/2  32x32/8/1",
+        "queries pairs": "64x64/4/2   64x64/4/2   64x64/8/2  32x32/8/1",
+        "queries rank":  "64x64/8/2   64x32/8/2   64x32/8/2  16x16/4/1/32",
+        "keys":          "32x128/4/3  32x128/8/3  32x64/8/2  32x32/8/1",
+        "keys rank":     "32x128/8/3  32x64/8/2   32x32/8/1  16x16/4/1/16",
+        "values":        "128x64/8/2  128x64/8/2  64x64/8/2  16x16/4/1",
+    },
+    "blackwell": {
+        "forward": "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
+        "queries": "32x32/8/1/32  32x32/8/1/32  32x32/8/1/32  16x16/4/1/16",
+        "keys":    "32x32/8/1/32  32x32/8/1/32  32x32/8/1/32  16x16/4/1/16",
+        "values":  "32x32/4/2     32x32/4/2     32x32/8/1     16x16/4/1",
+    },
+    "ampere": {  # Ada and the small Blackwell too: they have Ampere's tensor cores, and less shared memory
+        "forward": "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
+        "queries": "32x32/4/2/32  32x32/4/2/32  32x32/4/2/32  16x16/4/1/32",
+        "keys":    "32x32/4/2/32  32x32/4/2/32  32x32/4/2/32  16x16/4/1/32",
+        "values":  "32x32/4/2     32x32/4/2     32x32/4/2     16x16/4/1",
+    },
+    "fp32": {
+        "forward": "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",
+        "queries": "16x16/4/1/32  16x16/4/1/32  16x16/4/1/16  16x16/4/1/16",
+        "keys":    "16x16/4/1/32  16x16/4/1/32  16x16/4/1/16  16x16/4/1/16",
+        "values":  "16x16/4/1     16x16/4/1     16x16/4/1     16x16/4/1",
+    },
+}  # fmt: skip
+
+
 def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Mapping[str, Any]) -> Tiles:
     """The tiles for a kernel's constants and `itemsize` bytes an element on a device of that compute capability."""
-    width = max(constants["WIDTH"], constants["WIDTH_V"])
-    rank, dense = constants["RANK"], constants["DENSE"]
-    if itemsize == 4:
-        return Tiles(64, 64, 4, 1) if width <= 64 else Tiles(32, 32, 4, 1)
-    if width > 128:
-        return Tiles(64, 32, 4, 2) if kind == "forward" else Tiles(32, 32, 4, 1)
-    if kind == "forward":
-        if width == 128 or dense:
-            return Tiles(64, 64, 4, 3)
-        if width == 64 or rank > 32:
-            return Tiles(128, 64, 8, 3)
-        return Tiles(64, 128, 4, 3) if constants["LONG"] else Tiles(64, 64, 4, 3)
-    if kind == "queries":
-        if width == 128 or dense:
-            return Tiles(64, 64, 4, 2)
-        return Tiles(64, 64, 4, 3)
-    if kind == "keys":
-        return Tiles(32, 128, 4, 3) if width <= 64 else Tiles(64, 64, 4, 2)
-    return Tiles(128, 64, 4, 2) if width <= 64 else Tiles(64, 64, 4, 2)
+    family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
+    rows = TILES["fp32" if itemsize == 4 else family]
+    trait = "rank" if constants["RANK"] > 32 else "pairs" if constants["PAIRS"] else "long" if constants["LONG"] else ""
+    row = rows.get(f"{kind} {trait}", rows[kind]).split()
+    return _parse(row[max(0, cdiv(max(constants["WIDTH"], constants["WIDTH_V"]), 32).bit_length() - 1)])
+
+
+@cache
+def _parse(text: str) -> Tiles:
+    return Tiles(*map(int, text.replace("x", "/").split("/")))
 
 
 def precision(dtype: torch.dtype, width: int) -> str:
@@ -130,11 +160,11 @@ def chunk(rank: int) -> int:
     return min(rank & -rank, 128) if rank else 16
 
 
-def slices(columns: int) -> list[tuple[int, int]]:
-    """Factor columns, a multiple of 16, in slices of powers of two up to 64; one empty slice where there are none."""
+def slices(columns: int, most: int) -> list[tuple[int, int]]:
+    """Factor columns, a multiple of 16, in slices of powers of two up to `most`; one empty slice where there are none."""
     pieces, start = [], 0
     while start < columns:
-        size = min(64, 1 << ((columns - start).bit_length() - 1))
+        size = min(most, 1 << ((columns - start).bit_length() - 1))
         pieces.append((start, start + size))
         start += size
     return pieces or [(0, 0)]

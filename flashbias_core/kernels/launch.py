@@ -41,7 +41,8 @@ class Call:
 
     def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
         """The tiles of a kernel for this call."""
-        traits = {"DENSE": self.sizes["terms"].matrix is not None, "LONG": self.sizes["n_k"] >= 1024}
+        pairs = self.sizes["terms"].matrix is not None or self.sizes["masks"].allowed is not None
+        traits = {"PAIRS": pairs, "LONG": self.sizes["n_k"] >= 1024}
         return plan.tiles(kind, query.device, query.dtype, self.constants | traits)
 
     def descriptor(self, tiles: plan.Tiles) -> Any:
@@ -197,14 +198,14 @@ def _walk(
     """
     side = None if factor is None else gradient_columns(factor, query.dtype)
     parts = []
-    for start, stop in plan.slices(0 if side is None else side.columns.shape[-1]):
+    tiles = call.tiles(kind, query)
+    for start, stop in plan.slices(0 if side is None else side.columns.shape[-1], tiles.slice):
         columns, d_columns = None, None
         if side is not None:
             columns = call.layout.block(side.columns[..., start:stop])
             d_columns = query.new_empty((*query.shape[:-2], n_rows, stop - start), dtype=torch.float32)
             parts.append(d_columns)
         constants = call.constants | {"GRADIENT_RANK": stop - start}
-        tiles = call.tiles(kind, query)
         block = tiles.block_m if kind == "queries" else tiles.block_n
         kernel[(plan.cdiv(n_rows, block) * query.shape[:-2].numel(),)](
             call.q, call.k, call.v, d_columns=d_columns, gradient_columns=columns, **made, **statistics, **call.sizes,

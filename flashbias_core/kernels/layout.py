@@ -43,9 +43,7 @@ class Layout:
             self.split = self._fold(vectors, matrices)
         self.outer, self.inner = prod(self.batch[: self.split]), prod(self.batch[self.split :])
 
-    def _fold(
-        self, vectors: Sequence[tuple[Tensor | None, int]], matrices: Sequence[tuple[Tensor | None, int]]
-    ) -> int:
+    def _fold(self, vectors: Sequence[tuple[Tensor | None, int]], matrices: Sequence[tuple[Tensor | None, int]]) -> int:
         """The place between batch dimensions before which they fold into `outer`, and behind it into `inner`."""
         splits = self._splits(vectors) | self._splits(matrices)
         if len(splits) > 1:

@@ -185,10 +185,11 @@ def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: t
         b_n = (o_n - (m_first + offset)).to(tl.float32)
         b_m = (o_m - m_first).to(tl.float32)
     else:
-        p_first = terms.q_positions.ptr + i_o * terms.q_positions.stride[0] + i_i * terms.q_positions.stride[1]
-        first = tl.load(p_first + m_first * terms.q_positions.stride[3])
-        b_n = (load_vector(terms.k_positions, i_o, i_i, o_n, n_k, 0) - first).to(tl.float32)
-        b_m = (load_vector(terms.q_positions, i_o, i_i, o_m, n_q, 0) - first).to(tl.float32)
+        b_n = load_vector(terms.k_positions, i_o, i_i, o_n, n_k, 0)
+        b_m = load_vector(terms.q_positions, i_o, i_i, o_m, n_q, 0)
+        if b_n.dtype != tl.float32 or b_m.dtype != tl.float32:
+            first = load_vector(terms.q_positions, i_o, i_i, m_first, n_q, 0)
+            b_n, b_m = (b_n - first).to(tl.float32), (b_m - first).to(tl.float32)
     b_distance = b_n
     if ROWS:
         b_distance = b_n - b_m

@@ -77,10 +77,10 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
 
 
-# A kernel's tile of queries by keys / warps / stages (/ slice, where it is not 64), at head dims up to 32, 64, 128 and
-# 256. A second word makes a row that of some calls: more than 32 factor columns ("rank"), else a dense bias or a boolean
-# mask ("pairs"), else 1,024 keys or more ("long"). For Hopper and 16 bits they are the fastest on an H200 of those that
-# do not spill. Elsewhere nothing was measured: they compile without spills and within the shared memory there.
+# A kernel's tile of queries by keys / warps / stages, and / slice where that is not 64, at head dims up to 32, 64, 128
+# and 256. A second word makes a row that of some calls: more than 32 factor columns ("rank"), else a dense bias or a
+# boolean mask ("pairs"), else 1,024 keys or more ("long"). For Hopper and 16 bits: the fastest on an H200, or where they
+# spill registers, their nearest neighbours that do not. For the others nothing was measured: they were compiled only.
 TILES = {
     "hopper": {
         "forward":       "64x64/4/3   128x64/8/3  64x64/4/3  64x32/8/2",
@@ -88,9 +88,10 @@ TILES = {
         "forward pairs": "64x64/4/3   64x64/4/3   64x32/8/2  64x32/8/2",
         "forward rank":  "128x64/8/3  128x64/8/3  64x32/4/2  64x32/8/2",
         "queries":       "64x64/4/3   64x64/4/3   64x64/8/2  32x32/8/1",
-        "queries pairs": "64x64/4/2   64x64/4/2   64x64/8/2  32x32/8/1",
+        "queries pairs": "64x64/4/2   64x64/4/2   64x32/8/2  32x32/8/1",
         "queries rank":  "64x64/8/2   64x32/8/2   64x32/8/2  16x16/4/1/32",
         "keys":          "32x128/4/3  32x128/8/3  32x64/8/2  32x32/8/1",
+        "keys pairs":    "32x128/4/3  32x128/8/3  32x64/8/2  16x16/4/1",
         "keys rank":     "32x128/8/3  32x64/8/2   32x32/8/1  16x16/4/1/16",
         "values":        "128x64/8/2  128x64/8/2  64x64/8/2  16x16/4/1",
     },
@@ -161,7 +162,7 @@ def chunk(rank: int) -> int:
 
 
 def slices(columns: int, most: int) -> list[tuple[int, int]]:
-    """Factor columns, a multiple of 16, in slices of powers of two up to `most`; one empty slice where there are none."""
+    """Factor columns, a multiple of 16, in slices of powers of two up to `most`; one empty slice of no columns."""
     pieces, start = [], 0
     while start < columns:
         size = min(most, 1 << ((columns - start).bit_length() - 1))

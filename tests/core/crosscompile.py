@@ -1,7 +1,9 @@
 """Compile the operator's kernels for any architecture, on a machine without a GPU.
 
-`python tests/core/crosscompile.py ARCH...` prints one JSON object per kernel: shared memory and spills in bytes,
-registers per thread. The calls are those of `kernels.launch`; only the launch itself is replaced.
+Reads one JSON object a line, `{"arch": 90, "bias": "dense", "dtype": "bfloat16", "c": 64, ...}` with fields of
+`cases.Case`, and prints one JSON line per kernel: tile, shared memory and spills in bytes, registers per thread.
+`tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward;
+only the launch itself is replaced.
 """
 
 from __future__ import annotations
@@ -12,18 +14,22 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from cases import Case, build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashbias import plan
+from flashbias import biased_attention, plan
 from flashbias.kernels import launch
 
+# Bytes that one block can have (CUDA C++ programming guide, table of technical specifications per compute capability).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.float64: "fp64",
@@ -56,12 +62,11 @@ class Recorder:
     def __init__(self, kernel: Any, arch: int, reports: list[dict[str, Any]]) -> None:
         self.kernel, self.arch, self.reports = kernel, arch, reports
 
-    def __getitem__(self, grid: Any) -> Any:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self._compile
 
     def _compile(self, *args: Any, num_warps: int = 4, num_stages: int = 2, **kwargs: Any) -> None:
-        names = self.kernel.arg_names
-        values = dict(zip(names, args, strict=False)) | kwargs
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         constants: dict = {}
         attributes: dict = {}
         signature = {}
@@ -71,13 +76,12 @@ class Recorder:
                 constants[(i,)] = value
                 signature[parameter.name] = "constexpr"
             else:
-                signature[parameter.name] = describe(
-                    value, (i,), not parameter.do_not_specialize, constants, attributes
-                )
+                specialize = not parameter.do_not_specialize
+                signature[parameter.name] = describe(value, (i,), specialize, constants, attributes)
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
-        registers, spills = resources(compiled.asm["cubin"])
+        registers, spills = resources(compiled.asm["cubin"], compiled.asm["ptx"])
         self.reports.append(
             {
                 "kernel": self.kernel.__name__, "arch": self.arch, "shared": compiled.metadata.shared,
@@ -88,23 +92,25 @@ class Recorder:
         )  # fmt: skip
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory, from the disassembler that triton ships."""
+def resources(cubin: bytes, ptx: str) -> tuple[int, int]:
+    """Registers per thread and bytes of spilled ones, from the disassembler that triton ships.
+
+    The stack of a kernel holds what is spilled, and variables that the PTX declares in local memory, if any.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.findall(r"REG:(\d+)", text)[-1]), int(re.findall(r"LOCAL:(\d+)", text)[-1]) + int(
-        re.findall(r"STACK:(\d+)", text)[-1]
-    )
+    usage = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    assert ".local" not in ptx, "the stack is not of spills alone"
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def compile_call(arch: int, run: Any) -> list[dict[str, Any]]:
+def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Reports of all kernels that `run()` would launch on a device of that architecture."""
     reports: list[dict[str, Any]] = []
-    names = ["forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel"]
-    kept = {name: getattr(launch, name) for name in names}
+    kept = {name: getattr(launch, name) for name in KERNELS}
     kept_tiles, kept_backend, kept_descriptors = plan.tiles, plan.backend, plan.has_descriptors
 
     def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
@@ -121,3 +127,43 @@ def compile_call(arch: int, run: Any) -> list[dict[str, Any]]:
             setattr(launch, name, kernel)
         plan.tiles, plan.backend, plan.has_descriptors = kept_tiles, kept_backend, kept_descriptors
     return reports
+
+
+def compile_case(arch: int, case: Case) -> list[dict[str, Any]]:
+    """Reports of the kernels of a case, with gradients of all that has one."""
+    inputs = build(case)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
+
+    def run() -> None:
+        bias = inputs.make_bias(leaves)
+        out = biased_attention(
+            leaves["query"], leaves["key"], leaves["value"], bias, mask=inputs.mask, return_lse=True, scale=case.scale
+        )
+        torch.autograd.grad(
+            [out[name == "lse"] for name in inputs.cotangents],
+            list(leaves.values()),
+            list(inputs.cotangents.values()),
+            materialize_grads=True,
+        )
+
+    return compile_call(arch, run)
+
+
+def main() -> None:
+    """Answer the requests on standard input; a kernel that does not compile is reported with its error."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("found: TRITON_INTERPRET=1; wanted: a process that compiles; remedy: unset it")
+    for line in sys.stdin:
+        request = json.loads(line)
+        fields = {name: value for name, value in request.items() if name != "arch"}
+        case = Case(**fields | {"dtype": getattr(torch, fields["dtype"])})
+        try:
+            reports = compile_case(request["arch"], case)
+        except Exception as error:
+            reports = [{"arch": request["arch"], "error": f"{type(error).__name__}: {error}"[:2000]}]
+        for report in reports:
+            print(json.dumps({"case": str(case), **report}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from .operands import gather
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+AUTOCAST = ("cpu", "cuda")  # torch raises for devices that have none, such as meta
 
 
 def biased_attention(
@@ -52,15 +53,19 @@ def biased_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type in AUTOCAST and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_dtypes(query, key, value)
     query, key, value = _check_shapes(query, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif isinstance(scale, Tensor):
-        raise DtypeError("scale of type Tensor", "a Python number", "multiply query by it and pass scale=1.0")
+    elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise DtypeError(
+            f"scale of type {type(scale).__name__}",
+            "a Python number",
+            "pass float(scale), or multiply query by a tensor and pass scale=1.0",
+        )
     if scale < 0:
         query, scale = -query, -scale
     elif scale == 0:
@@ -112,6 +117,8 @@ def flash_bias_func(
         check_tensor("q_bias", q_bias)
         check_tensor("k_bias", k_bias)
         bias = FactoredBias(q_bias.transpose(-3, -2), k_bias.transpose(-3, -2))
+    if mask is not None:
+        check_tensor("mask", mask)
     if mask is not None and mask.is_floating_point():
         bias = DenseBias(mask) if bias is None else bias + DenseBias(mask)
         mask = None

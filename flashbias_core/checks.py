@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import DtypeError, ShapeError
+from .errors import DeviceError, DtypeError, ShapeError
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -38,6 +38,14 @@ def check_tensor(name: str, value: object) -> None:
     """Raise `DtypeError` unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise DtypeError(f"{name} of type {type(value).__name__}", "a torch.Tensor", f"pass torch.as_tensor({name})")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise `DeviceError` unless `tensor` lies on the device of query."""
+    if tensor.device != device:
+        raise DeviceError(
+            f"{name} on {tensor.device}", f"the device of query, {device}", f"move it with .to({str(device)!r})"
+        )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

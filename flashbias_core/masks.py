@@ -59,7 +59,7 @@ class Causal(Mask):
     def __init__(self, offset: int | Tensor | None = None) -> None:
         if isinstance(offset, Tensor):
             check_integer("offset", offset)
-        elif isinstance(offset, (bool, float)):
+        elif offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
             raise DtypeError(
                 f"offset of type {type(offset).__name__}", "an integer, a tensor or None", "pass an integer"
             )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .biases import Bias
-from .checks import check_broadcast, check_last
-from .errors import DeviceError, DtypeError, UnsupportedError
+from .checks import check_broadcast, check_device, check_last
+from .errors import DtypeError, UnsupportedError
 from .masks import Allowed, Causal, KeyPadding, Mask, Segments
 from .terms import Linear, Problem, Rank, Term, Tile
 
@@ -63,6 +63,7 @@ def gather(
     operands = Operands(offset=n_k - n_q)
     if mask is not None:
         for part in mask.parts():
+            _check_devices(part, problem)
             _add_mask(operands, part, problem)
         _count(operands, problem)
     if bias is not None:
@@ -73,19 +74,21 @@ def gather(
                 "pass a tensor of bias values as bias=DenseBias(values)",
             )
         for term in bias.terms(problem):
+            _check_devices(term, problem)
             _add_term(operands, term)
     if operands.k_factor is not None and operands.q_factor is not None:
         # What stands at positions that no row or column uses may be anything, also NaN.
         operands.q_factor = _zero_beyond(operands.q_factor, problem.q_counts)
         operands.k_factor = _zero_beyond(operands.k_factor, problem.k_counts)
-    for name, value in operands.items():
-        if isinstance(value, Tensor) and value.device != query.device:
-            raise DeviceError(
-                f"{name} on {value.device}",
-                f"the device of query, {query.device}",
-                f"move it with .to({str(query.device)!r})",
-            )
     return operands
+
+
+def _check_devices(part: Mask | Term, problem: Problem) -> None:
+    """Raise `DeviceError` for a tensor that is not where query is, before it meets others."""
+    for name in _NAMES:
+        value = getattr(part, name, None)
+        if isinstance(value, Tensor):
+            check_device(name, value, problem.device)
 
 
 def _add_mask(operands: Operands, mask: Mask, problem: Problem) -> None:
@@ -176,6 +179,12 @@ def _add_term(operands: Operands, term: Term) -> None:
     elif isinstance(term, Tile):
         values = _storage(term.values)
         operands.values = values if operands.values is None else operands.values.float() + values.float()
+    else:
+        raise UnsupportedError(
+            f"a term of type {type(term).__name__} from a bias",
+            "Rank, Linear or Tile of flashbias.terms",
+            "write the bias as a sum of those, or pass its matrix as DenseBias",
+        )
 
 
 def _storage(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from flashbias.checks import check_broadcast, check_floating, check_last
+from flashbias.checks import check_broadcast, check_device, check_floating, check_last
 from flashbias.errors import ShapeError
 from flashbias.terms import Problem, Rank, Term
 
@@ -56,8 +56,10 @@ class SpatialDistance(Bias):
     def terms(self, problem: Problem) -> Iterable[Term]:
         for name, points, n, meaning in (("x_q", self.x_q, problem.n_q, "Nq"), ("x_k", self.x_k, problem.n_k, "Nk")):
             d = points.shape[-1]
+            check_device(name, points, problem.device)
             check_last(name, points, (n, d), f"({meaning}, d)")
             check_broadcast(name, points, (*problem.batch, n, d), f"(*batch, {meaning}, d)")
+        check_device("weight", self.weight, problem.device)
         check_broadcast("weight", self.weight, (*problem.batch, problem.heads, problem.n_q), "(*batch, H, Nq)")
         centre = _centre(self.x_q, self.x_k, problem)
         r_q = _relative(self.x_q, centre, problem.q_counts)

@@ -49,13 +49,17 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A kernel's tile of queries by keys, its warps, how many tiles are in flight, and factor gradients at a time."""
+    """A kernel's tile of queries by keys, its warps, how many tiles are in flight.
+
+    columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
+    badly over many warps: 64 columns can need fewer registers than 16.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    slice: int = 64
+    columns: int = 16
 
     def options(self) -> dict[str, int]:
         """As a launch takes them."""
@@ -77,10 +81,11 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
 
 
-# A kernel's tile of queries by keys / warps / stages, and / slice where that is not 64, at head dims up to 32, 64, 128
-# and 256. A second word makes a row that of some calls: more than 32 factor columns ("rank"), else a dense bias or a
-# boolean mask ("pairs"), else 1,024 keys or more ("long"). For Hopper and 16 bits: the fastest on an H200, or where they
-# spill registers, their nearest neighbours that do not. For the others nothing was measured: they were compiled only.
+# A kernel's tile of queries by keys / warps / stages, and / columns if that is not 16, at head dims up to 32, 64, 128
+# and 256. A second word makes a row that of some calls: many factor columns ("rank"; `select` says how many), else a
+# dense bias or a boolean mask ("pairs"), else 1,024 keys or more ("long"). For Hopper, 16 bits: the fastest on an
+# H200, or where they spill registers, neighbours that do not. For the others nothing was measured: they are chosen to
+# compile without spills, within the shared memory, which tests/core/test_compile.py checks.
 TILES = {
     "hopper": {
         "forward":       "64x64/4/3   128x64/8/3  64x64/4/3  64x32/8/2",
@@ -89,28 +94,30 @@ TILES = {
         "forward rank":  "128x64/8/3  128x64/8/3  64x32/4/2  64x32/8/2",
         "queries":       "64x64/4/3   64x64/4/3   64x64/8/2  32x32/8/1",
         "queries pairs": "64x64/4/2   64x64/4/2   64x32/8/2  32x32/8/1",
-        "queries rank":  "64x64/8/2   64x32/8/2   64x32/8/2  16x16/4/1/32",
+        "queries rank":  "64x64/8/2   64x32/8/2   64x32/8/2  16x16/4/1/64",
         "keys":          "32x128/4/3  32x128/8/3  32x64/8/2  32x32/8/1",
         "keys pairs":    "32x128/4/3  32x128/8/3  32x64/8/2  16x16/4/1",
-        "keys rank":     "32x128/8/3  32x64/8/2   32x32/8/1  16x16/4/1/16",
+        "keys rank":     "32x128/8/3  32x64/8/2   32x32/8/1  16x16/4/1/64",
         "values":        "128x64/8/2  128x64/8/2  64x64/8/2  16x16/4/1",
     },
     "blackwell": {
-        "forward": "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
-        "queries": "32x32/8/1/32  32x32/8/1/32  32x32/8/1/32  16x16/4/1/16",
-        "keys":    "32x32/8/1/32  32x32/8/1/32  32x32/8/1/32  16x16/4/1/16",
-        "values":  "32x32/4/2     32x32/4/2     32x32/8/1     16x16/4/1",
+        "forward":      "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
+        "queries":      "32x32/8/1/64  32x32/8/1/64  32x32/8/1/64  16x16/4/1/64",
+        "queries rank": "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
+        "keys":         "32x32/8/1/64  32x32/8/1/64  32x32/8/1/64  16x16/4/1/64",
+        "values":       "32x32/4/2     32x32/4/2     32x32/8/1     16x16/4/1",
     },
     "ampere": {  # Ada and the small Blackwell too: they have Ampere's tensor cores, and less shared memory
-        "forward": "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
-        "queries": "32x32/4/2/32  32x32/4/2/32  32x32/4/2/32  16x16/4/1/32",
-        "keys":    "32x32/4/2/32  32x32/4/2/32  32x32/4/2/32  16x16/4/1/32",
-        "values":  "32x32/4/2     32x32/4/2     32x32/4/2     16x16/4/1",
+        "forward":      "64x64/4/2     64x64/4/2     64x32/4/2     32x32/4/2",
+        "forward rank": "128x64/8/2    128x64/8/2    32x32/4/2     32x32/4/2",
+        "queries":      "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
+        "keys":         "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
+        "values":       "32x32/4/2     32x32/4/2     32x32/4/2     16x16/4/1",
     },
     "fp32": {
-        "forward": "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",
-        "queries": "16x16/4/1/32  16x16/4/1/32  16x16/4/1/16  16x16/4/1/16",
-        "keys":    "16x16/4/1/32  16x16/4/1/32  16x16/4/1/16  16x16/4/1/16",
+        "forward": "64x32/4/1     32x32/8/1     16x16/4/1     16x16/4/1",
+        "queries": "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "keys":    "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
         "values":  "16x16/4/1     16x16/4/1     16x16/4/1     16x16/4/1",
     },
 }  # fmt: skip
@@ -120,9 +127,14 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     """The tiles for a kernel's constants and `itemsize` bytes an element on a device of that compute capability."""
     family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
     rows = TILES["fp32" if itemsize == 4 else family]
-    trait = "rank" if constants["RANK"] > 32 else "pairs" if constants["PAIRS"] else "long" if constants["LONG"] else ""
+    width, rank = max(constants["WIDTH"], constants["WIDTH_V"]), constants["RANK"]
+    trait = "long" if constants["LONG"] else ""
+    if rank > (32 if width <= 128 and itemsize == 2 else 0):
+        trait = "rank"
+    elif constants["PAIRS"]:
+        trait = "pairs"
     row = rows.get(f"{kind} {trait}", rows[kind]).split()
-    return _parse(row[max(0, cdiv(max(constants["WIDTH"], constants["WIDTH_V"]), 32).bit_length() - 1)])
+    return _parse(row[max(0, width.bit_length() - 6)])
 
 
 @cache
@@ -161,11 +173,11 @@ def chunk(rank: int) -> int:
     return min(rank & -rank, 128) if rank else 16
 
 
-def slices(columns: int, most: int) -> list[tuple[int, int]]:
-    """Factor columns, a multiple of 16, in slices of powers of two up to `most`; one empty slice of no columns."""
+def slices(columns: int) -> list[tuple[int, int]]:
+    """Factor columns, a multiple of 16, in slices of powers of two up to 64; one empty slice where there are none."""
     pieces, start = [], 0
     while start < columns:
-        size = min(most, 1 << ((columns - start).bit_length() - 1))
+        size = min(64, 1 << ((columns - start).bit_length() - 1))
         pieces.append((start, start + size))
         start += size
     return pieces or [(0, 0)]

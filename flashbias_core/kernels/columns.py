@@ -64,16 +64,16 @@ class GradientColumns:
         return total if self.size is None else total * self.size
 
 
-def gradient_columns(factor: Tensor, dtype: torch.dtype) -> GradientColumns:
-    """The columns of `factor` beside scores whose gradient has `dtype`."""
+def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> GradientColumns:
+    """The columns of `factor` beside scores whose gradient has `dtype`, padded to a multiple of `step`."""
     rank = factor.shape[-1]
     if factor.dtype == dtype or dtype == torch.float32:
-        return GradientColumns(_padded(factor.to(dtype)), rank, 1, None)
+        return GradientColumns(_padded(factor.to(dtype), step=step), rank, 1, None)
     factor, size = factor.float(), None
     if dtype == torch.float16:
         size = _power_of_two(_largest(factor) / 128)
         factor = factor / size
-    return GradientColumns(_padded(*_halves(factor, dtype)), rank, 2, size)
+    return GradientColumns(_padded(*_halves(factor, dtype), step=step), rank, 2, size)
 
 
 def _halves(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,12 +91,12 @@ def _power_of_two(size: Tensor) -> Tensor:
     return torch.exp2(torch.log2(size).round())
 
 
-def _rounded(columns: int) -> int:
-    return -(-columns // MIN_WIDTH) * MIN_WIDTH
+def _rounded(columns: int, step: int = MIN_WIDTH) -> int:
+    return -(-columns // step) * step
 
 
-def _padded(*parts: Tensor) -> Tensor:
-    """The parts side by side, with columns of zeros up to a multiple of 16."""
+def _padded(*parts: Tensor, step: int = MIN_WIDTH) -> Tensor:
+    """The parts side by side, with columns of zeros up to a multiple of `step`."""
     columns = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    spare = _rounded(columns.shape[-1]) - columns.shape[-1]
+    spare = _rounded(columns.shape[-1], step) - columns.shape[-1]
     return pad(columns, (0, spare)) if spare else columns

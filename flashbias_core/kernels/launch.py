@@ -196,10 +196,10 @@ def _walk(
 
     That gradient is as wide as `factor` has columns: beyond a slice of them, the kernel runs again for the next.
     """
-    side = None if factor is None else gradient_columns(factor, query.dtype)
-    parts = []
     tiles = call.tiles(kind, query)
-    for start, stop in plan.slices(0 if side is None else side.columns.shape[-1], tiles.slice):
+    side = None if factor is None else gradient_columns(factor, query.dtype, tiles.columns)
+    parts = []
+    for start, stop in plan.slices(0 if side is None else side.columns.shape[-1]):
         columns, d_columns = None, None
         if side is not None:
             columns = call.layout.block(side.columns[..., start:stop])

@@ -1,7 +1,7 @@
 """Compile the operator's kernels for any architecture, on a machine without a GPU.
 
 Reads one JSON object a line, `{"arch": 90, "bias": "dense", "dtype": "bfloat16", "c": 64, ...}` with fields of
-`cases.Case`, and prints one JSON line per kernel: tile, shared memory and spills in bytes, registers per thread.
+`cases.Case`, and prints one per kernel: number of the request, tile, shared memory and spills in bytes, registers.
 `tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward;
 only the launch itself is replaced.
 """
@@ -27,8 +27,6 @@ from triton.compiler import ASTSource
 from flashbias import biased_attention, plan
 from flashbias.kernels import launch
 
-# Bytes that one block can have (CUDA C++ programming guide, table of technical specifications per compute capability).
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
@@ -153,16 +151,16 @@ def main() -> None:
     """Answer the requests on standard input; a kernel that does not compile is reported with its error."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("found: TRITON_INTERPRET=1; wanted: a process that compiles; remedy: unset it")
-    for line in sys.stdin:
-        request = json.loads(line)
-        fields = {name: value for name, value in request.items() if name != "arch"}
-        case = Case(**fields | {"dtype": getattr(torch, fields["dtype"])})
+    for i, line in enumerate(sys.stdin):
+        fields = json.loads(line)
+        arch = fields.pop("arch")
+        case = Case(**fields | {"dtype": getattr(torch, fields["dtype"]), "batch": tuple(fields.get("batch", (2,)))})
         try:
-            reports = compile_case(request["arch"], case)
+            reports = compile_case(arch, case)
         except Exception as error:
-            reports = [{"arch": request["arch"], "error": f"{type(error).__name__}: {error}"[:2000]}]
+            reports = [{"error": f"{type(error).__name__}: {error}"[:2000]}]
         for report in reports:
-            print(json.dumps({"case": str(case), **report}), flush=True)
+            print(json.dumps({"case": i, **report}), flush=True)
 
 
 if __name__ == "__main__":

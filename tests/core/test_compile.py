@@ -1,0 +1,138 @@
+"""The kernels, compiled for every architecture of the contract: they fit its shared memory and spill no register.
+
+Compilers need no GPU. They do need processes without TRITON_INTERPRET, which these tests start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, pairwise
+
+HERE = Path(__file__).parent
+# Bytes that one block can have (CUDA C++ programming guide, table of technical specifications per compute capability).
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+@dataclass(frozen=True)
+class Compilation(Case):
+    """A case and the architecture for which its kernels are compiled."""
+
+    arch: int = 90
+    n_q: int = 64
+    n_k: int = 64
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}-{super().__str__()}"
+
+    @property
+    def spills_allowed(self) -> float:
+        """Bytes that a thread may spill where no tile is small enough to avoid it.
+
+        Products of fp32 keep whole rows in registers, in three parts; so do gradients of factors at head dim 256.
+        """
+        c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
+        if self.dtype == torch.float32 and c > 64:
+            return float("inf")
+        return 64 if factored and c > (32 if self.dtype == torch.float32 else 128) else 0
+
+
+ARCHITECTURES = [{"arch": arch} for arch in SHARED_LIMIT]
+HEAD_DIMS: list[dict[str, Any]] = [{"c": c} for c in (64, 16, 128, 32, 256)]
+DTYPES = [{"dtype": dtype} for dtype in (torch.bfloat16, torch.float32, torch.float16)]
+BIASES: list[dict[str, Any]] = [
+    {"bias": "none"},
+    {"bias": "factored", "rank": 16},
+    {"bias": "factored", "rank": 96},
+    {"bias": "factored_fp32", "rank": 16},
+    {"bias": "dense"},
+    {"bias": "alibi_symmetric"},
+    {"bias": "alibi_positions"},
+]
+MASKS = [{"mask": mask} for mask in ("none", "causal", "segments", "allowed")]
+# The axes of the full product that the pairs leave out.
+MORE_BIASES = [{"bias": "factored", "rank": 128}, {"bias": "factored_fp32", "rank": 128}, {"bias": "alibi"}]
+LENGTHS = [{"n_q": n, "n_k": n} for n in (64, 1024)]
+
+
+def compiled(cases: list[Compilation], processes: int = 2) -> list[dict[str, Any]]:
+    """What `crosscompile.py` reports of the kernels of these cases, forward and backward."""
+    lines = [json.dumps(vars(case) | {"dtype": str(case.dtype).removeprefix("torch.")}) for case in cases]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+
+    def run(part: int) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, HERE / "crosscompile.py"], input="\n".join(lines[part::processes]),
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        return [answer | {"case": cases[part + processes * answer["case"]]} for answer in answers]
+
+    with ThreadPoolExecutor(processes) as pool:
+        return [report for reports in pool.map(run, range(processes)) for report in reports]
+
+
+def faults(reports: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with these kernels, one line each."""
+    found = []
+    for report in reports:
+        case = report["case"]
+        if "error" in report:
+            found.append(f"{case}: {report['error']}")
+            continue
+        name = f"{report['kernel']} of {case} in tiles {report['tile']}"
+        if report["shared"] > SHARED_LIMIT[case.arch]:
+            found.append(f"{name}: {report['shared']} bytes of shared memory, of {SHARED_LIMIT[case.arch]}")
+        # At fewer than 255 registers ptxas may spill a pair by choice, so that more blocks run at a time.
+        by_choice = 8 if report["registers"] < 255 else 0
+        if report["spills"] > max(case.spills_allowed, by_choice):
+            found.append(f"{name}: {report['spills']} bytes of registers spilled")
+    return found
+
+
+def check(cases: list[Compilation]) -> None:
+    reports = compiled(cases)
+    assert {report["case"] for report in reports} == set(cases)
+    found = faults(reports)
+    assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
+
+
+PAIRS = pairwise(BIASES, ARCHITECTURES, HEAD_DIMS, MASKS, DTYPES, base=Compilation())
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_kernels_fit_every_architecture(part: int) -> None:
+    check(PAIRS[part::6])
+
+
+def test_spills_and_errors_are_seen() -> None:
+    case = Compilation(arch=89, dtype=torch.bfloat16, bias="dense", c=128)
+    found = faults([
+        {"case": case, "kernel": "kernel", "tile": [64, 64], "shared": 101377, "registers": 9, "spills": 0},
+        {"case": case, "kernel": "kernel", "tile": [64, 64], "shared": 101376, "registers": 255, "spills": 8},
+        {"case": case, "error": "CompilationError: at 1:1"},
+    ])  # fmt: skip
+    assert len(found) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("c", [16, 32, 64, 128, 256])
+def test_kernels_fit_in_the_full_product(arch: int, dtype: str, c: int) -> None:
+    check([
+        Compilation(arch=arch, dtype=getattr(torch, dtype), c=c, **bias | mask | lengths)
+        for bias, mask, lengths in product(BIASES + MORE_BIASES, MASKS, LENGTHS)
+    ])  # fmt: skip

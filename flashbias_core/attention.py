@@ -9,7 +9,7 @@ from . import ops
 from .biases import Bias, DenseBias, FactoredBias
 from .checks import check_tensor
 from .errors import DeviceError, DtypeError, ShapeError, UnsupportedError
-from .masks import Causal, Mask, as_mask
+from .masks import Both, Causal, Mask, as_mask
 from .operands import gather
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,7 +73,8 @@ def biased_attention(
 
     masks = None if mask is None else as_mask(mask)
     if is_causal:
-        masks = Causal() if masks is None else masks & Causal()
+        # Not with `&`, which the compiler of torch 2.7 cannot trace.
+        masks = Causal() if masks is None else Both(masks, Causal())
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
     out, lse = ops.attention(query, key, value, *(value for _, value in operands.items()), float(scale))
     return (out, lse) if return_lse else out

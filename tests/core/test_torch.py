@@ -27,7 +27,7 @@ from flashbias import (
     flash_bias_func,
     ops,
 )
-from flashbias.masks import Allowed
+from flashbias.masks import Allowed, Both
 from flashbias.operands import gather
 
 Tensors = dict[str, Tensor]
@@ -54,8 +54,7 @@ MASKS: dict[str, Callable[[Tensors], Mask | Tensor | None]] = {
     "lengths": lambda t: KeyPadding(t["lengths"]),
     "segments": lambda t: Segments(t["q_ids"], t["k_ids"]),
     "boolean": lambda t: t["allowed"],
-    # The compiler cannot trace the `&` of a mask and a tensor.
-    "joined": lambda t: Causal() & KeyPadding(t["lengths"]) & Allowed(t["allowed"]),
+    "joined": lambda t: Both(Causal(), KeyPadding(t["lengths"]), Allowed(t["allowed"])),
 }
 # Every bias and every mask once or more.
 PAIRS = [
@@ -180,6 +179,27 @@ def test_compiles_once_for_all_lengths(made: str, bias: str, mask: str, device: 
         tensors = make(n_q, n_k, device)
         assert_equal(run(attend, tensors), run(inside, tensors))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiles_is_causal_beside_a_mask(device: str) -> None:
+    def attend(t: Tensors) -> Any:
+        lengths = KeyPadding(t["lengths"])
+        return biased_attention(t["query"], t["key"], t["value"], mask=lengths, is_causal=True, return_lse=True)
+
+    tensors = make(5, 9, device)
+    assert_equal(run(torch.compile(attend, fullgraph=True, backend="aot_eager"), tensors), run(attend, tensors))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="the compiler of torch 2.7 traces no `&` of objects")
+@pytest.mark.usefixtures("compiler")
+def test_compiles_masks_joined_inside(device: str) -> None:
+    """Of masks; the compiler cannot trace the `&` of a mask and a tensor."""
+    attend = attend_with(
+        BIASES["alibi"], lambda t: Causal() & KeyPadding(t["lengths"]) & Segments(t["q_ids"], t["k_ids"])
+    )
+    tensors = make(5, 9, device)
+    assert_equal(run(torch.compile(attend, fullgraph=True, backend="aot_eager"), tensors), run(attend, tensors))
 
 
 @pytest.mark.gpu  # without one it takes half a minute of a C++ compiler

@@ -78,7 +78,7 @@ def queries_kernel(
     after it.
     """
     EXACT: tl.constexpr = low is not None
-    EXCESS: tl.constexpr = EXACT or GRADIENT_RANK > 0 or d_slopes is not None
+    EXCESS: tl.constexpr = (EXACT or GRADIENT_RANK > 0) or d_slopes is not None  # triton 3.3 takes two at a time
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
     m_first = (n_tiles - 1 - i_tile) * BLOCK_M

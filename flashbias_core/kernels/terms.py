@@ -187,7 +187,9 @@ def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: t
     else:
         b_n = load_vector(terms.k_positions, i_o, i_i, o_n, n_k, 0)
         b_m = load_vector(terms.q_positions, i_o, i_i, o_m, n_q, 0)
-        if b_n.dtype != tl.float32 or b_m.dtype != tl.float32:
+        INTEGER_N: tl.constexpr = b_n.dtype != tl.float32  # names, since triton 3.3 knows `or` of constants only
+        INTEGER_M: tl.constexpr = b_m.dtype != tl.float32
+        if INTEGER_N or INTEGER_M:
             first = load_vector(terms.q_positions, i_o, i_i, m_first, n_q, 0)
             b_n, b_m = (b_n - first).to(tl.float32), (b_m - first).to(tl.float32)
     b_distance = b_n

@@ -157,8 +157,11 @@ def main() -> None:
         case = Case(**fields | {"dtype": getattr(torch, fields["dtype"]), "batch": tuple(fields.get("batch", (2,)))})
         try:
             reports = compile_case(arch, case)
-        except Exception as error:
-            reports = [{"error": f"{type(error).__name__}: {error}"[:2000]}]
+        except Exception as caught:
+            error: BaseException = caught
+            while error.__cause__ is not None:  # of an error inside of a function that a kernel calls
+                error = error.__cause__
+            reports = [{"error": f"{type(error).__name__}: {error}"[-1000:]}]
         for report in reports:
             print(json.dumps({"case": i, **report}), flush=True)
 

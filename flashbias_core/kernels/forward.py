@@ -63,9 +63,13 @@ def forward_kernel(
             )
 
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) * to_log2
-            b_p = tl.exp2(b_s * to_log2 - b_shift[:, None])
-            b_rescale = tl.exp2(b_max * to_log2 - b_shift)
+            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+            if v.ptr.dtype.element_ty == tl.float32:
+                b_p = tl.exp2((b_s - b_shift[:, None]) * to_log2)
+            else:  # one instruction less, and an error of the last bit of the maximum
+                b_p = tl.exp2(b_s * to_log2 - (b_shift * to_log2)[:, None])
+            # Exactly 1 while the maximum stays: anything else would be raised to the number of tiles.
+            b_rescale = tl.exp2((b_max - b_shift) * to_log2)
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
             if v.ptr.dtype.element_ty == tl.float32:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -134,9 +134,9 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     elif constants["PAIRS"]:
         trait = "pairs"
     row = rows.get(f"{kind} {trait}", rows[kind]).split()
-    tiles = _parse(row[max(0, width.bit_length() - 6)])
-    # So many factor columns are read chunk by chunk, and chunks of several tiles do not fit in shared memory.
-    return tiles if rank <= 128 else replace(tiles, num_stages=1)
+    if rank > 128:  # several chunks of columns need as much shared memory as a wide head
+        width = max(width, 128)
+    return _parse(row[max(0, width.bit_length() - 6)])
 
 
 @cache

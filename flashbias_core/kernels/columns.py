@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MIN_WIDTH = 16
+MIN_WIDTH, MAX_WIDTH = 16, 128
 
 
 @dataclass
@@ -95,8 +95,12 @@ def _rounded(columns: int, step: int = MIN_WIDTH) -> int:
     return -(-columns // step) * step
 
 
-def _padded(*parts: Tensor, step: int = MIN_WIDTH) -> Tensor:
-    """The parts side by side, with columns of zeros up to a multiple of `step`."""
+def _padded(*parts: Tensor, step: int | None = None) -> Tensor:
+    """The parts side by side, with columns of zeros up to a multiple of `step`.
+
+    By default of 16, or, where one product does not take them all, of the 128 that it takes at most.
+    """
     columns = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    spare = _rounded(columns.shape[-1], step) - columns.shape[-1]
+    number = columns.shape[-1]
+    spare = _rounded(number, step or (MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)) - number
     return pad(columns, (0, spare)) if spare else columns

@@ -61,13 +61,14 @@ class Tiles:
     num_stages: int
     columns: int = 16
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """As a launch takes them."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # said outright, since triton's default is to change
         }
 
 

@@ -42,9 +42,11 @@ def _freed_memory_goes_back() -> Iterator[None]:
     It keeps blocks below 32 MiB for later otherwise, and the peak depends on how well they happen to fit together.
     Afterwards it is as it would have become by itself from working with tensors of that size.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     trim_threshold, mmap_threshold = -1, -3
     if mallopt is not None:
+        libc.malloc_trim(0)  # what was freed before would serve the work without a rise
         mallopt(mmap_threshold, 64 * 2**10)
     try:
         yield

@@ -63,7 +63,9 @@ class Recorder:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self._compile
 
-    def _compile(self, *args: Any, num_warps: int = 4, num_stages: int = 2, **kwargs: Any) -> None:
+    def _compile(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 2, enable_fp_fusion: bool = True, **kwargs: Any
+    ) -> None:
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         constants: dict = {}
         attributes: dict = {}
@@ -77,7 +79,7 @@ class Recorder:
                 specialize = not parameter.do_not_specialize
                 signature[parameter.name] = describe(value, (i,), specialize, constants, attributes)
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         registers, spills = resources(compiled.asm["cubin"], compiled.asm["ptx"])
         self.reports.append(

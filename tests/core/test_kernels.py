@@ -60,6 +60,7 @@ RANKS = pairwise(
     axis(rank=(1, 2, 5, 8, 9, 16, 24, 48, 96, 100, 128)),
     axis(dtype=DTYPES),
     axis(scale=(None, 0.25)),
+    axis(c=(16, 64)),
 )
 
 

@@ -285,7 +285,7 @@ def _bias(name: str, draw: _Draw) -> tuple[dict[str, Tensor], Callable[..., Bias
         leaves = {
             "x_q": 10 + 2 * draw.uniform(*batch, n_q, 3),
             "x_k": 10 + 2 * draw.uniform(*batch, n_k, 3),
-            "weight": draw.normal(*batch, *heads, n_q, dtype=torch.float32) * 0.4,
+            "weight": draw.normal(*batch, *heads, n_q, dtype=torch.float32),
         }
         return leaves, SpatialDistance
     rows = 1 if name == "dense_row" else n_q

@@ -43,9 +43,6 @@ JOINS = ("causal&lengths", "causal_tensor&segments", "segments&lengths&allowed",
 # Which dimensions of biases and masks are those of the call; the others have size 1 or are missing.
 BROADCASTS = ("full", "batch", "first", "last", "heads", "missing", "bare")
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
-# Eager computations whose largest error is the measure. That of a single one can be small by chance, above all for a
-# gradient of few entries.
-ORDERS = 8
 
 
 @dataclass(frozen=True)
@@ -178,13 +175,12 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
         return biased_attention(query, key, value, bias, return_lse=True, **options)
 
     result = _run(attend, case, inputs, ours)
-    measures = [_run(_reordered(i), case, inputs, inputs.leaves) for i in range(ORDERS)]
+    measure = _run(eager, case, inputs, inputs.leaves)
     truth = _run(reference, case, inputs, {name: leaf.double() for name, leaf in inputs.leaves.items()})
     assert result["out"].dtype == case.dtype
     assert result["lse"].dtype == torch.float32
     for name, oracle in truth.items():
-        measure = max((measure[name] for measure in measures), key=lambda tensor: _distance(tensor, oracle))
-        assert_as_accurate(f"{name} of {case}", result[name], measure, oracle, case.dtype)
+        assert_as_accurate(f"{name} of {case}", result[name], measure[name], oracle, case.dtype)
     dead = truth["lse"] == -torch.inf
     for name in ("out", "gradient of query"):
         assert (result[name][dead] == 0).all(), f"{name} of {case}: not zero where a query attends nowhere"
@@ -197,23 +193,6 @@ def arrange(tensor: Tensor, layout: str) -> Tensor:
     if layout == "strided":
         return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
     return tensor
-
-
-def _reordered(seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`eager` with the channels in another order, which changes nothing but how sums are rounded."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        order, order_v = (torch.randperm(x.shape[-1], generator=generator).to(x.device) for x in (query, value))
-        out, lse = eager(query[..., order], key[..., order], value[..., order_v], *args, **options)
-        return out[..., order_v.argsort()], lse
-
-    return attend if seed else eager
-
-
-def _distance(tensor: Tensor, oracle: Tensor) -> float:
-    difference = (tensor.double() - oracle).abs()
-    return difference[difference.isfinite()].amax().item() if difference.isfinite().any() else 0.0
 
 
 def _run(function: Callable[..., Any], case: Case, inputs: Inputs, leaves: dict[str, Tensor]) -> dict[str, Tensor]:

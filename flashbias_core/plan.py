@@ -86,7 +86,7 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
 # and 256. A second word makes a row that of some calls: many factor columns ("rank"; `select` says how many), else a
 # dense bias or a boolean mask ("pairs"), else 1,024 keys or more ("long"). For Hopper, 16 bits: the fastest on an
 # H200, or where they spill registers, neighbours that do not. For the others nothing was measured: they are chosen to
-# compile without spills, within the shared memory, which tests/core/test_compile.py checks.
+# compile within the shared memory and, but for what tests/core/test_compile.py names, without spills.
 TILES = {
     "hopper": {
         "forward":       "64x64/4/3   128x64/8/3  64x64/4/3  64x32/8/2",

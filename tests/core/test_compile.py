@@ -1,5 +1,7 @@
 """The kernels, compiled for every architecture of the contract: they fit its shared memory and spill no register.
 
+Not yet everywhere: `spills_allowed` and `by_choice` name what still spills, fp32 at wide heads above all.
+
 Compilers need no GPU. They do need processes without TRITON_INTERPRET, which these tests start.
 """
 

@@ -26,6 +26,24 @@ class ConfigurationError(FlashBiasError, ValueError):
     """An integration has no such mode."""
 
 
+@dataclass(frozen=True)
+class HostStatus:
+    """What is known of a host without importing it.
+
+    `host` is its distribution or a name, `module` what is patched. `installed` is its version, None where it is
+    missing; `supported` the versions that can be patched, as a specifier. `ok`: nothing is known to stand in the way
+    of the patch, otherwise `reason` says what. `patched`: it runs the replacement now.
+    """
+
+    host: str
+    module: str
+    installed: str | None
+    supported: str
+    ok: bool
+    reason: str
+    patched: bool
+
+
 class Integration:
     """One host: a patch set, and the modes in which the replacement can work."""
 
@@ -52,6 +70,21 @@ class Integration:
     def is_applied(self) -> bool:
         """Whether the host runs the replacement now."""
         return self.patches.is_applied()
+
+    def status(self) -> list[HostStatus]:
+        """What is known of each host; imports none."""
+        obstacle = self.patches.obstacle()
+        return [
+            HostStatus(
+                host=self.patches.distribution or self.name,
+                module=self.patches.patches[0].module,
+                installed=self.patches.installed(),
+                supported=str(self.patches.versions),
+                ok=obstacle is None,
+                reason="" if obstacle is None else str(obstacle),
+                patched=self.patches.is_applied(),
+            )
+        ]
 
     def configure(self, *, mode: str) -> None:
         """Choose how the replacement works from the next call on. Raises `ConfigurationError` for an unknown mode."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,32 @@ class PatchSet:
     def is_applied(self) -> bool:
         """Whether every target is the replacement now."""
         return bool(self._seams) and all(seam.holds_replacement() for seam in self._seams)
+
+    def installed(self) -> str | None:
+        """The installed version of the host; None where there is none, or the host is not packaged."""
+        if self.distribution is None:
+            return None
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def is_imported(self) -> bool:
+        """Whether every module that is patched has been imported."""
+        return all(patch.module in sys.modules for patch in self.patches)
+
+    def obstacle(self) -> PatchError | None:
+        """What `apply` would raise, as far as can be told without importing the host; changes nothing."""
+        try:
+            self._check_version()
+            with _lock:
+                self._check_foreign()
+                if self.is_imported() and not self.is_applied():
+                    for patch in self.patches:
+                        patch.resolve()
+        except PatchError as error:
+            return error
+        return None
 
     def apply(self) -> bool:
         """Put every replacement in, importing the host if need be; returns whether anything changed.
@@ -121,19 +148,15 @@ class PatchSet:
     def _check_version(self) -> None:
         if self.distribution is None:
             return
-        wanted = f"{self.distribution}{self.versions}"
-        try:
-            found = metadata.version(self.distribution)
-        except metadata.PackageNotFoundError as error:
-            raise HostMissingError(
-                f"{self.distribution} is not installed", wanted, f"pip install '{wanted}'"
-            ) from error
+        wanted, found = f"{self.distribution}{self.versions}", self.installed()
+        if found is None:
+            raise HostMissingError(f"{self.distribution} is not installed", wanted, f"pip install '{wanted}'")
         if not self.versions.contains(found, prereleases=True):
             raise UnsupportedVersionError(
                 f"{self.distribution} {found}", wanted, f"pip install '{wanted}', or leave this patch out"
             )
 
-    def _take_out(self) -> bool:
+    def _check_foreign(self) -> None:
         foreign = [seam for seam in self._seams if seam.holds_foreign()]
         if foreign:
             raise PatchedOnTopError(
@@ -141,6 +164,9 @@ class PatchSet:
                 "the replacement that was put there",
                 "first undo what was patched on top of it",
             )
+
+    def _take_out(self) -> bool:
+        self._check_foreign()
         changed = any(seam.holds_replacement() for seam in self._seams)
         for seam in reversed(self._seams):
             seam.restore()

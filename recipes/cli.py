@@ -1,5 +1,6 @@
 """The command line, `flashbias`. Each subcommand imports what it needs when it runs."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -13,11 +14,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def flashbias() -> None:
-    """Keeps `demo` a subcommand while there is only one."""
 
 
 @app.command()
@@ -35,10 +31,44 @@ def demo(
     raise typer.Exit(run(epochs, seed, device))
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file; with -m, a module.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS...", help="Left to the script.")] = None,
+    patch: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Integrations to apply.")] = "",
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as for `python -m`.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare each patched layer with the host's code.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print the time in each patched layer at the end.")
+    ] = False,
+) -> None:
+    """Run a script, unmodified, with patches on: flashbias run --patch swin_v2 -- main.py --eval ...
+
+    Exit code, arguments and tracebacks are those of the script.
+    """
+    from .run import Launch, Program, switch_on
+
+    if script == "-m" and arguments:  # behind --
+        module, script = True, arguments.pop(0)
+    program = Program(script, tuple(arguments or ()), module).check()
+    for wanted, variable in ((verify, "FLASHBIAS_VERIFY"), (profile, "FLASHBIAS_PROFILE")):
+        if wanted:
+            os.environ[variable] = "1"  # processes that the script starts see it too
+    switch_on([name.strip() for name in patch.split(",") if name.strip()])
+    raise Launch(program)
+
+
 def main() -> None:
     """Entry point: a refusal by flashbias is a message and exit code 2, not a traceback."""
+    from .run import Launch
+
+    program, excepthook = None, sys.excepthook
     try:
         app()
     except FlashBiasError as error:
         print(f"flashbias: {error}", file=sys.stderr)
         sys.exit(2)
+    except Launch as launch:
+        program = launch.program
+    sys.excepthook = excepthook  # typer puts its own there
+    program.start()

@@ -31,6 +31,19 @@ def demo(
     raise typer.Exit(run(epochs, seed, device))
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Say what is here: GPU, driver, torch, triton, whether the kernels run, and which hosts can be patched.
+
+    Hosts are not imported. On a GPU a small kernel is compiled and run, the first time in a few seconds.
+    """
+    from .doctor import run
+
+    run(as_json)
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def run(
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file; with -m, a module.")],

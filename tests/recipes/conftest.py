@@ -89,6 +89,20 @@ def python(tmp_path: Path) -> Callable[..., Ended]:
     return run
 
 
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """`write(source, path)` makes a file in the test's folder, beside a module `beside`, and returns the path."""
+    (tmp_path / "beside.py").write_text("text = 'from the folder of the script'")
+
+    def write(source: str, path: str = "script.py") -> str:
+        file = tmp_path / path
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source, encoding="latin-1")
+        return path
+
+    return write
+
+
 # Enough of timm for the patch, and nothing that takes time to import.
 HOST = """
 class WindowAttention:

@@ -68,19 +68,6 @@ def same(ours, theirs):
     assert (ours.code, out, without_report(ours.err)) == (theirs.code, expected, theirs.err)
 
 
-@pytest.fixture
-def write(tmp_path):
-    (tmp_path / "beside.py").write_text("text = 'from the folder of the script'")
-
-    def write(source, path="script.py"):
-        file = tmp_path / path
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(source, encoding="latin-1")
-        return path
-
-    return write
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_runs_as_under_python(name, write, flashbias, python):
     arguments = (write(SCRIPTS[name]), "--eval", "-m", "x y", "--", "--patch")

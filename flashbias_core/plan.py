@@ -189,3 +189,26 @@ def slices(columns: int) -> list[tuple[int, int]]:
 def cdiv(a: int, b: int) -> int:
     """The quotient, rounded up."""
     return -(-a // b)
+
+
+# Picoseconds that a score takes on an H200 at 16 bits (docs/kernels.md): without a bias at head dim 32, for a column of
+# factors more, for an entry of a dense bias more (both from shared factors of rank 16 and a shared dense bias at N 576,
+# rank 96 and dense at N 1218), and for that entry's bytes from memory (data sheet), which rows that share it share.
+SCORE, COLUMN, ENTRY, READ = 0.59, 0.0027, 0.22, 0.42
+MARGIN = 0.95  # factors have to be faster by more than what the model may be wrong
+
+
+def factors_pay(
+    n_q: int, n_k: int, head_dim: int, rank: int, batch_rows: int, device_kind: str, itemsize: int = 2
+) -> bool:
+    """Whether factors of a bias are faster than the bias itself, forward, where both are ready.
+
+    `batch_rows` is how many batch rows share the bias, `itemsize` the bytes of an element of query. Where nothing was
+    measured the answer is no: in fp32 on a GPU. On a CPU a dense bias was as fast as rank 4 and faster than rank 16,
+    from 64 to 8,192 keys.
+    """
+    if device_kind != "cuda" or itemsize > 2 or n_q == 1:
+        return False
+    base = SCORE + 2 * COLUMN * (width(head_dim) - 32)  # a feature is a column of two products
+    columns = cdiv(rank, 16) * 16
+    return base + COLUMN * columns < MARGIN * (base + ENTRY + READ / batch_rows)

@@ -61,7 +61,7 @@ def test_singular_values_are_spread_evenly():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_reported_errors_are_those_of_attention(dtype):
     """Of other queries, keys and values of the same kind, with the factors and with the rounded matrix."""
-    bias, scale = smooth_bias(n_q=300, n_k=40).double(), torch.tensor([3.0, 20.0])
+    bias, scale = smooth_bias(n_q=300, n_k=40).double() * math.pi, torch.tensor([3.0, 20.0])
     found = decompose.svd(bias, rank=9, scale=scale, head_dim=16, dtype=dtype)
     assert found.q_factor.dtype == found.k_factor.dtype == dtype
     query, key = (torch.nn.functional.normalize(torch.randn(2, n, 16).double(), dim=-1) for n in (300, 40))

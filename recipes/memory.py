@@ -35,6 +35,15 @@ def peak_memory(work: Callable[[], T], device: str) -> tuple[T, int]:
         return result, max(0, _resident_peak() - before)
 
 
+def held_memory(device: str) -> int:
+    """Bytes held now: on a GPU those that torch has allocated there, on the CPU those of the process."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return _field("VmRSS") if _STATUS.exists() else _resident_peak()
+
+
 @contextlib.contextmanager
 def _freed_memory_goes_back() -> Iterator[None]:
     """Have glibc return every freed tensor to the system at once.

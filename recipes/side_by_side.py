@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from .memory import peak_memory
+from .memory import held_memory, peak_memory
 
 Work = Callable[[], Any]
 
@@ -24,11 +24,15 @@ _work: Work | None = None  # of a process that measures
 
 @dataclass
 class Measurement:
-    """What the work returned, the median time of a call in seconds, and the peak memory of a call in bytes."""
+    """What the work returned, the median time of a call in seconds, the peak memory of a call in bytes.
+
+    `held` are the bytes that were held already when the call began: the weights, and what is kept beside them.
+    """
 
     result: Any
     seconds: float
     peak: int
+    held: int = 0
 
 
 def side_by_side(variants: Mapping[str, Callable[[], Work]], device: str, repeats: int) -> dict[str, Measurement]:
@@ -47,7 +51,10 @@ def side_by_side(variants: Mapping[str, Callable[[], Work]], device: str, repeat
         for _ in range(repeats):
             for name, pool in pools.items():
                 seconds[name].append(pool.submit(_time).result())
-    return {name: Measurement(first[name][0], statistics.median(seconds[name]), first[name][1]) for name in variants}
+    return {
+        name: Measurement(result, statistics.median(seconds[name]), peak, held)
+        for name, (result, peak, held) in first.items()
+    }
 
 
 def _prepare(variant: Callable[[], Work]) -> None:
@@ -55,9 +62,10 @@ def _prepare(variant: Callable[[], Work]) -> None:
     _work = variant()
 
 
-def _memory(device: str) -> tuple[Any, int]:
+def _memory(device: str) -> tuple[Any, int, int]:
     assert _work is not None
-    return peak_memory(_work, device)
+    held = held_memory(device)
+    return *peak_memory(_work, device), held
 
 
 def _time() -> float:

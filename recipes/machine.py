@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from flashbias import __version__
 
 
 def conditions(device: str) -> dict[str, Any]:
-    """What every row of a result names: GPU, driver, torch, triton, flashbias and its commit. `device` as in torch."""
+    """What every row of a result names: the device, driver, torch, triton, flashbias and its commit."""
     return {
-        "gpu": gpus()[_index(device)]["name"] if device.startswith("cuda") else "",
+        "device": gpus()[_index(device)]["name"] if device.startswith("cuda") else processor(),
         "driver": driver() or "",
         "torch": version("torch"),
         "triton": version("triton"),
@@ -29,6 +31,15 @@ def folder_name(device: str) -> str:
     """Under which name results are kept: `"nvidia-h200"` for a GPU of that name, `"cpu"`."""
     name = gpus()[_index(device)]["name"] if device.startswith("cuda") else "cpu"
     return re.sub(r"\W+", "-", name.lower())
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], device: str) -> None:
+    """A result as CSV: rows of the same columns, and the conditions in each."""
+    rows = [{**row, **conditions(device)} for row in rows]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -35,26 +35,55 @@ class Measurement:
     held: int = 0
 
 
-def side_by_side(variants: Mapping[str, Callable[[], Work]], device: str, repeats: int) -> dict[str, Measurement]:
+def side_by_side(
+    variants: Mapping[str, Callable[[], Work]],
+    device: str,
+    repeats: int,
+    on_step: Callable[[], Any] = lambda: None,
+    failures: dict[str, Exception] | None = None,
+) -> dict[str, Measurement]:
     """Measure several variants of a piece of work.
 
     `variants[name]()` is called once in the process of that variant, and returns the work: a function that is called
     `repeats + 1` times and returns when all its computation is done. Both, and the result, have to be picklable.
+    `on_step` is called `steps(variants, repeats)` times in all. Where a variant fails that is raised, or, where
+    `failures` is given, put there, and the others go on.
     """
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in variants}
-        for ready in [pools[name].submit(_prepare, variant) for name, variant in variants.items()]:
-            ready.result()
-        first = {name: pool.submit(_memory, device).result() for name, pool in pools.items()}
+
+        def collect(futures: dict[str, Future[Any]]) -> dict[str, Any]:
+            results = {}
+            for name, future in futures.items():
+                try:
+                    results[name] = future.result()
+                except Exception as error:
+                    if failures is None:
+                        raise
+                    failures[name] = error
+                    del pools[name]
+                on_step()
+            return results
+
+        collect({name: pool.submit(_prepare, variants[name]) for name, pool in pools.items()})
+        first: dict[str, Any] = {}
+        for name, pool in list(pools.items()):
+            first |= collect({name: pool.submit(_memory, device)})
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(repeats):
-            for name, pool in pools.items():
-                seconds[name].append(pool.submit(_time).result())
+            for name, pool in list(pools.items()):
+                seconds[name] += collect({name: pool.submit(_time)}).values()
     return {
         name: Measurement(result, statistics.median(seconds[name]), peak, held)
         for name, (result, peak, held) in first.items()
+        if name in pools
     }
+
+
+def steps(variants: Mapping[str, Any], repeats: int) -> int:
+    """How many steps a measurement has that fails nowhere."""
+    return len(variants) * (2 + repeats)
 
 
 def _prepare(variant: Callable[[], Work]) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 # Loads what takes long, once; then forks for every order, and the fork goes on as the command line.
 DRIVER = """
-import json, os, sys
+import gc, json, os, sys
+import torch
+gc.freeze()  # or every fork would go through all of torch when it ends; before triton, which complains of it
 import flashbias.integrations.swin_v2
 from flashbias.recipes.cli import main
 for line in sys.stdin:

@@ -98,7 +98,7 @@ def test_kernels_run_on_a_gpu():
 
 def test_conditions_of_a_result():
     found = machine.conditions("cpu")
-    assert list(found) == ["gpu", "driver", "torch", "triton", "flashbias", "commit"]
+    assert list(found) == ["device", "driver", "torch", "triton", "flashbias", "commit"]
     assert found["flashbias"] == __version__
 
 

@@ -12,6 +12,7 @@ Nothing here knows of attention or of torch. `FLASHBIAS_DISABLE=1` in the enviro
 
 from .errors import (
     HostMissingError,
+    OtherHostError,
     PatchedOnTopError,
     PatchError,
     PatchWarning,
@@ -21,9 +22,11 @@ from .errors import (
 )
 from .patch import Patch
 from .patch_set import PatchSet, disabled
+from .source import attributes_read
 
 __all__ = [
     "HostMissingError",
+    "OtherHostError",
     "Patch",
     "PatchError",
     "PatchSet",
@@ -32,5 +35,6 @@ __all__ = [
     "SignatureChangedError",
     "TargetMissingError",
     "UnsupportedVersionError",
+    "attributes_read",
     "disabled",
 ]

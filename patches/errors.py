@@ -11,6 +11,10 @@ class HostMissingError(PatchError, ImportError):
     """The host is not installed, or importing it fails."""
 
 
+class OtherHostError(PatchError):
+    """A module has the name of the host's, and is another project's."""
+
+
 class UnsupportedVersionError(PatchError):
     """The installed version of the host is not one that the patch was written for."""
 

@@ -8,14 +8,23 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import wrapt
 from packaging.specifiers import SpecifierSet
 
-from .errors import HostMissingError, PatchedOnTopError, PatchError, PatchWarning, UnsupportedVersionError
+from .errors import (
+    HostMissingError,
+    OtherHostError,
+    PatchedOnTopError,
+    PatchError,
+    PatchWarning,
+    UnsupportedVersionError,
+)
 from .patch import Patch, Seam
+from .source import find_source
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +41,31 @@ def disabled() -> bool:
 class PatchSet:
     """Patches of one host.
 
-    `distribution` is the host's name in the package index and `versions` a specifier such as `">=1.0,<2"`; a host that
-    is not packaged has neither, and is guarded by the signatures of the targets alone.
+    `distribution` is the host's name in the package index and `versions` a specifier such as `">=1.0,<2"`. A host that
+    is not packaged has neither. `recognise` tells it from others that have a module of the same name: a function of
+    the source of the first target's module. A host that is recognised so is not imported by `apply`. `host` is what
+    to call it, by default its distribution or the module.
 
     As a context manager the set is applied inside the block, and left as it was found after it.
     """
 
-    def __init__(self, *patches: Patch, distribution: str | None = None, versions: str = "") -> None:
+    def __init__(
+        self,
+        *patches: Patch,
+        distribution: str | None = None,
+        versions: str = "",
+        host: str | None = None,
+        recognise: Callable[[str], bool] | None = None,
+    ) -> None:
         self.patches = patches
+        self.host = host or distribution or patches[0].module
+        self.recognise = recognise
         self.distribution = distribution
         self.versions = SpecifierSet(versions)
         self._seams: list[Seam] = []
         self._callbacks: list[Callable[[PatchSet], Any]] = []
         self._awaited: set[str] | None = None
+        self._hooked: set[str] = set()
         self._entered: list[bool] = []
 
     def __repr__(self) -> str:
@@ -55,9 +76,10 @@ class PatchSet:
         return bool(self._seams) and all(seam.holds_replacement() for seam in self._seams)
 
     def installed(self) -> str | None:
-        """The installed version of the host; None where there is none, or the host is not packaged."""
+        """The installed version of the host, `"checkout"` for one without versions, None where there is none."""
         if self.distribution is None:
-            return None
+            file = find_source(self.patches[0].module)
+            return None if file is None or not self._recognises(file) else "checkout"
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
@@ -70,7 +92,7 @@ class PatchSet:
     def obstacle(self) -> PatchError | None:
         """What `apply` would raise, as far as can be told without importing the host; changes nothing."""
         try:
-            self._check_version()
+            self._check_host()
             with _lock:
                 self._check_foreign()
                 if self.is_imported() and not self.is_applied():
@@ -85,17 +107,23 @@ class PatchSet:
 
         Everything is resolved and checked before anything is changed, and a failure on the way undoes what was done.
         Nothing happens when the set is applied already, or under `FLASHBIAS_DISABLE=1`.
-        Raises `HostMissingError`, `UnsupportedVersionError`, `TargetMissingError`, `SignatureChangedError`,
-        and `PatchedOnTopError` when a third party has replaced a target since an earlier `apply`.
+        Raises `HostMissingError`, `OtherHostError`, `UnsupportedVersionError`, `TargetMissingError`,
+        `SignatureChangedError`, and `PatchedOnTopError` when a third party has replaced a target since an earlier
+        `apply`.
         """
         if disabled():
             logger.info("%r is left out: FLASHBIAS_DISABLE is set", self)
             return False
         if self.is_applied():
             return False
-        self._check_version()
+        self._check_host()
         for patch in self.patches:
-            patch.load()
+            if self.recognise is None:
+                patch.load()
+            elif patch.module not in sys.modules:
+                raise HostMissingError(
+                    f"{patch.module} has not been imported", self.host, "import it first: its name may be another's"
+                )
         with _lock:
             if self.is_applied():  # by another thread, or by a hook that the import has fired
                 return False
@@ -129,7 +157,9 @@ class PatchSet:
         with _lock:
             self._awaited = set(modules)
         for module in modules:
-            wrapt.when_imported(module)(partial(self._imported, module))
+            if module not in self._hooked:
+                self._hooked.add(module)
+                wrapt.when_imported(module)(partial(self._imported, module))
 
     def on_change(self, callback: Callable[["PatchSet"], Any]) -> None:
         """Have `callback(patch_set)` called after each `apply` and `revert` that changed something."""
@@ -145,9 +175,22 @@ class PatchSet:
         if self._entered.pop():
             self.revert()
 
-    def _check_version(self) -> None:
-        if self.distribution is None:
+    def _check_host(self) -> None:
+        if self.distribution is not None:
+            self._check_version()
+        if self.recognise is None:
             return
+        module = self.patches[0].module
+        file = find_source(module)
+        if file is None:
+            raise HostMissingError(f"no module {module}", self.host, "run where it can be imported")
+        if not self._recognises(file):
+            raise OtherHostError(f"{module} from {file}, which is other code", self.host, "leave this patch out")
+
+    def _recognises(self, file: Path) -> bool:
+        return self.recognise is None or self.recognise(file.read_text(encoding="utf-8", errors="replace"))
+
+    def _check_version(self) -> None:
         wanted, found = f"{self.distribution}{self.versions}", self.installed()
         if found is None:
             raise HostMissingError(f"{self.distribution} is not installed", wanted, f"pip install '{wanted}'")
@@ -175,6 +218,7 @@ class PatchSet:
 
     def _imported(self, name: str, module: Any) -> None:
         with _lock:
+            self._hooked.discard(name)  # import hooks are called once
             if self._awaited is None:
                 return
             self._awaited.discard(name)
@@ -182,6 +226,8 @@ class PatchSet:
                 return
         try:
             self.apply()
+        except OtherHostError as error:
+            logger.debug("%r: %s", self, error)
         except Exception as error:
             warnings.warn(f"{self!r} is not applied, the host is left as it is. {error}", PatchWarning, stacklevel=2)
 

@@ -1,17 +1,18 @@
 """What is computed from a module's weights, and is valid until they change."""
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
 
 class Derived(Generic[T]):
-    """One value per module, kept beside the module: not in its state dict, its pickle or its copies.
+    """One value per tensor that owns it, kept beside the tensor: in no state dict, no pickle and no copy.
 
     A value is made anew when one of the tensors that it was made from is another tensor, lies elsewhere, or has been
     written to (`load_state_dict`, `.to`, an optimizer's step, `copy_`). Writes through `.data` leave no trace in torch:
@@ -19,33 +20,38 @@ class Derived(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._entries: WeakKeyDictionary[torch.nn.Module, tuple[Any, T]] = WeakKeyDictionary()
+        self._entries: Any = WeakTensorKeyDictionary()
 
-    def get(self, module: torch.nn.Module, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], T]) -> T:
-        """The value for these tensors and this key; `make()` computes it."""
-        if not all(readable(tensor) and not tensor.is_inference() for tensor in tensors):
+    def get(self, owner: Tensor, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], T]) -> T:
+        """The value for these tensors and this key; `make()` computes it, in every call where nothing can be kept."""
+        if not keepable(tensors):
             return make()
-        # The tensors themselves are held, so that no other can get the identity of one of them.
-        state = [(tensor, tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in tensors]
         # Nobody waits for another stream to finish making the value.
         stream = next((torch.cuda.current_stream(t.device).cuda_stream for t in tensors if t.is_cuda), None)
-        entry = self._entries.get(module)
+        entry = self._entries.get(owner)
         if entry is not None:
-            known, value = entry
-            if known[1:] == (key, stream) and _same(known[0], state):
+            state, known, value = entry
+            if known == (key, stream) and _same(state, tensors):
                 return value
         # A tensor made in inference mode could not take part in autograd later.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        self._entries[module] = ((state, key, stream), value)
+        self._entries[owner] = ([(weakref.ref(tensor), *_traits(tensor)) for tensor in tensors], (key, stream), value)
         return value
 
-    def forget(self, module: torch.nn.Module) -> None:
-        """Drop a module's value."""
-        self._entries.pop(module, None)
+    def kept(self, owner: Tensor, tensors: Sequence[Tensor]) -> T | None:
+        """The value that was made last, whatever its key, or None if the tensors have changed since."""
+        entry = self._entries.get(owner)
+        return entry[2] if entry is not None and keepable(tensors) and _same(entry[0], tensors) else None
 
-    def __contains__(self, module: torch.nn.Module) -> bool:
-        return module in self._entries
+    def forget(self, owner: Tensor) -> None:
+        """Drop a tensor's value."""
+        self._entries.pop(owner, None)
+
+
+def keepable(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch would tell of changes to these tensors, and nothing reads a kept value behind our back."""
+    return all(readable(tensor) and not tensor.is_inference() for tensor in tensors)
 
 
 def readable(tensor: Tensor) -> bool:
@@ -59,7 +65,12 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _same(known: list[tuple[Any, ...]], state: list[tuple[Any, ...]]) -> bool:
-    return len(known) == len(state) and all(
-        old[0] is new[0] and old[1:] == new[1:] for old, new in zip(known, state, strict=True)
+def _traits(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor._version, tensor.data_ptr(), tensor.dtype
+
+
+def _same(state: Sequence[tuple[Any, ...]], tensors: Sequence[Tensor]) -> bool:
+    return len(state) == len(tensors) and all(
+        reference() is tensor and tuple(traits) == _traits(tensor)
+        for (reference, *traits), tensor in zip(state, tensors, strict=True)
     )

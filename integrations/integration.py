@@ -1,7 +1,7 @@
 """What every integration shares: switching it on and off, handing calls over to the host, and checking itself.
 
-An integration is a `PatchSet`, and for each patched method a `Replacement`: the function that computes it, and the
-function that says which calls are not covered.
+An integration is a `PatchSet` for each host, and for each patched method a `Replacement`: the function that computes
+it, and the function that says which calls are not covered.
 """
 
 import logging
@@ -12,27 +12,22 @@ from typing import Any
 
 import torch
 
-from flashbias.errors import FlashBiasError
-from flashbias.patches import PatchSet
+from flashbias.patches import OtherHostError, PatchError, PatchSet
 
-from . import verify
+from . import profile, verify
 
 logger = logging.getLogger("flashbias.integrations")
 
 _said: set[str] = set()
 
 
-class ConfigurationError(FlashBiasError, ValueError):
-    """An integration has no such mode."""
-
-
 @dataclass(frozen=True)
 class HostStatus:
     """What is known of a host without importing it.
 
-    `host` is its distribution or a name, `module` what is patched. `installed` is its version, None where it is
-    missing; `supported` the versions that can be patched, as a specifier. `ok`: nothing is known to stand in the way
-    of the patch, otherwise `reason` says what. `patched`: it runs the replacement now.
+    `host` is its distribution or a name, `module` what is patched. `installed` is its version, `"checkout"` where it
+    has none, None where it is missing; `supported` the versions that can be patched, as a specifier. `ok`: nothing is
+    known to stand in the way of the patch, otherwise `reason` says what. `patched`: it runs the replacement now.
     """
 
     host: str
@@ -45,56 +40,89 @@ class HostStatus:
 
 
 class Integration:
-    """One host: a patch set, and the modes in which the replacement can work."""
+    """One model, in one host or several that have the same code, and the settings of its replacement.
 
-    def __init__(self, name: str, patches: PatchSet, modes: tuple[str, ...] = ("exact",)) -> None:
-        self.name, self.patches, self.modes = name, patches, modes
-        self.mode = modes[0]
-        patches.on_change(_forget_compiled)
+    A packaged host is imported to be patched. The module of another may belong to any project: it is patched when
+    somebody imports it, if it is recognised.
+    """
+
+    def __init__(self, name: str, *hosts: PatchSet, settings: Any = None) -> None:
+        self.name, self.hosts, self.settings = name, hosts, settings
+        for host in hosts:
+            host.on_change(_forget_compiled)
 
     def apply(self) -> bool:
-        """Patch the host, importing it if need be; returns whether anything changed.
+        """Patch the hosts that are there, importing packaged ones; returns whether anything changed.
 
-        Nothing changes when the host is patched already, or under `FLASHBIAS_DISABLE=1`.
-        Raises a `flashbias.patches.PatchError`, and leaves the host as it is, where the host cannot be patched.
+        Nothing changes where a host is patched already, or under `FLASHBIAS_DISABLE=1`.
+        Raises a `flashbias.patches.PatchError` for a host that cannot be patched, and leaves that host as it is; but
+        one that is not imported is passed over where another is patched.
         """
-        return self.patches.apply()
+        changed, refusals = False, []
+        for host in self.hosts:
+            if host.recognise is not None and not host.is_imported():
+                host.apply_when_imported()
+                continue
+            try:
+                changed |= host.apply()
+            except OtherHostError as error:
+                logger.debug("%s: %s", self.name, error)
+            except PatchError as error:
+                refusals.append((host, error))
+        for host, error in refusals:
+            if host.is_imported() or not self.is_applied():
+                raise error
+            logger.info("%s: %s", self.name, error)
+        return changed
+
+    def apply_when_imported(self) -> None:
+        """Patch each host now if it is imported, otherwise as soon as it is; what cannot be is warned about."""
+        for host in self.hosts:
+            host.apply_when_imported()
 
     def revert(self) -> bool:
-        """Give the host its own code back, the identical functions; returns whether anything changed.
+        """Give the hosts their own code back, the identical functions; returns whether anything changed.
 
-        Raises `flashbias.patches.PatchedOnTopError` when somebody else has patched the same functions since.
+        Raises `flashbias.patches.PatchedOnTopError` when somebody else has patched the same functions since; other
+        hosts are reverted all the same.
         """
-        return self.patches.revert()
+        changed, refusal = False, None
+        for host in self.hosts:
+            try:
+                changed |= host.revert()
+            except PatchError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
+        return changed
 
     def is_applied(self) -> bool:
-        """Whether the host runs the replacement now."""
-        return self.patches.is_applied()
+        """Whether any host runs the replacement now; `status()` tells which."""
+        return any(host.is_applied() for host in self.hosts)
 
     def status(self) -> list[HostStatus]:
         """What is known of each host; imports none."""
-        obstacle = self.patches.obstacle()
-        return [
-            HostStatus(
-                host=self.patches.distribution or self.name,
-                module=self.patches.patches[0].module,
-                installed=self.patches.installed(),
-                supported=str(self.patches.versions),
-                ok=obstacle is None,
-                reason="" if obstacle is None else str(obstacle),
-                patched=self.patches.is_applied(),
+        found = []
+        for host in self.hosts:
+            obstacle = host.obstacle()
+            found.append(
+                HostStatus(
+                    host=host.host,
+                    module=host.patches[0].module,
+                    installed=host.installed(),
+                    supported=str(host.versions),
+                    ok=obstacle is None,
+                    reason="" if obstacle is None else str(obstacle),
+                    patched=host.is_applied(),
+                )
             )
-        ]
+        return found
 
-    def configure(self, *, mode: str) -> None:
-        """Choose how the replacement works from the next call on. Raises `ConfigurationError` for an unknown mode."""
-        if mode not in self.modes:
-            raise ConfigurationError(
-                f"mode={mode!r} for {self.name}", " or ".join(map(repr, self.modes)), "choose one of these"
-            )
-        if mode != self.mode:
-            self.mode = mode
-            _forget_compiled(self.patches)
+    def configure(self, settings: Any) -> None:
+        """Choose how the replacement works from the next call on."""
+        if settings != self.settings:
+            self.settings = settings
+            _forget_compiled()
 
 
 @dataclass(frozen=True)
@@ -115,8 +143,15 @@ class Replacement:
         if reason is not None:
             say_once(f"{self.name}: {reason} is not covered, the host's own code computes it")
             return getattr(module, self.original)(*args, **kwargs)
-        if not torch.compiler.is_compiling() and verify.enabled():
-            return verify.compare(module, getattr(module, self.original), self.forward, args, kwargs)
+        if torch.compiler.is_compiling():
+            return self.forward(module, *args, **kwargs)
+        if verify.enabled():
+            return verify.compare(module, getattr(module, self.original), self._run, args, kwargs)
+        return self._run(module, *args, **kwargs)
+
+    def _run(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if profile.enabled():
+            return profile.timed(module, self.forward, args, kwargs)
         return self.forward(module, *args, **kwargs)
 
 
@@ -139,7 +174,7 @@ def _traced_by_python(args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _forget_compiled(patches: PatchSet) -> None:
+def _forget_compiled(patches: PatchSet | None = None) -> None:
     """Have compiled models compiled anew: a graph does not see that the code which it was made from has changed."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -4,24 +4,25 @@ The replacement's result is what the model gets. The table goes to stderr when t
 `differences()` returns it at any time. Forward only.
 """
 
-import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from .layers import Rows, print_table
 
 
 @dataclass
 class Difference:
     """Largest difference between replacement and original over all calls of one layer.
 
-    `layer` is the module's class and its number in the order of first calls. `largest` is the largest entry of the
-    original's output, to compare `difference` with. A NaN in only one of the two counts as an infinite difference.
+    `layer` is the module's name within the model that was called; called by itself, its class and its number in the
+    order of first calls. `largest` is the largest entry of the original's output, to compare `difference` with. A NaN
+    in only one of the two counts as an infinite difference.
     """
 
     layer: str
@@ -32,10 +33,6 @@ class Difference:
     largest: float = 0.0
 
 
-_of_module: "WeakKeyDictionary[torch.nn.Module, Difference]" = WeakKeyDictionary()
-_differences: list[Difference] = []
-
-
 def enabled() -> bool:
     """Whether `FLASHBIAS_VERIFY` is set (to anything but `0` and the empty string)."""
     return os.environ.get("FLASHBIAS_VERIFY", "0") not in ("", "0")
@@ -43,13 +40,7 @@ def enabled() -> bool:
 
 def differences() -> list[Difference]:
     """What has been compared so far, in the order of first calls."""
-    return list(_differences)
-
-
-def forget() -> None:
-    """Start anew."""
-    _of_module.clear()
-    _differences.clear()
+    return list(_differences.rows)
 
 
 def compare(
@@ -67,24 +58,14 @@ def compare(
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         expected = original(*args, **kwargs)
     result = replacement(module, *args, **kwargs)
-    leaves = [
-        (ours.detach(), theirs)
-        for ours, theirs in zip(tree_leaves(result), tree_leaves(expected), strict=True)
-        if isinstance(theirs, Tensor) and theirs.is_floating_point()
-    ]
-    for ours, theirs in leaves:
-        _record(module, ours, theirs)
+    for ours, theirs in zip(tree_leaves(result), tree_leaves(expected), strict=True):
+        if isinstance(theirs, Tensor) and theirs.is_floating_point():
+            _record(module, ours.detach(), theirs)
     return result
 
 
 def _record(module: torch.nn.Module, ours: Tensor, theirs: Tensor) -> None:
-    entry = _of_module.get(module)
-    if entry is None:
-        if not _differences:
-            atexit.register(report)
-        name = f"{type(module).__name__} {len(_differences)}"
-        entry = _of_module[module] = Difference(name, tuple(theirs.shape), theirs.dtype)
-        _differences.append(entry)
+    entry = _differences.of(module, lambda name: Difference(name, tuple(theirs.shape), theirs.dtype))
     entry.calls += 1
     if theirs.numel() == 0:
         return
@@ -96,26 +77,22 @@ def _record(module: torch.nn.Module, ours: Tensor, theirs: Tensor) -> None:
 
 def report() -> None:
     """Print the table to stderr."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(
-        Column("layer", no_wrap=True),
-        "shape",
-        "dtype",
-        "calls",
-        "largest difference",
-        "largest entry",
-        title="FLASHBIAS_VERIFY",
+    print_table(
+        "FLASHBIAS_VERIFY",
+        ("layer", "shape", "dtype", "calls", "largest difference", "largest entry"),
+        [
+            (
+                entry.layer,
+                " x ".join(map(str, entry.shape)),
+                str(entry.dtype).removeprefix("torch."),
+                str(entry.calls),
+                f"{entry.difference:.2e}",
+                f"{entry.largest:.2e}",
+            )
+            for entry in _differences.rows
+        ],
     )
-    for entry in _differences:
-        table.add_row(
-            entry.layer,
-            " x ".join(map(str, entry.shape)),
-            str(entry.dtype).removeprefix("torch."),
-            str(entry.calls),
-            f"{entry.difference:.2e}",
-            f"{entry.largest:.2e}",
-        )
-    if _differences:
-        Console(stderr=True).print(table)
+
+
+_differences: Rows[Difference] = Rows(report)
+forget = _differences.forget

@@ -1,0 +1,1 @@
+"""Named as the folder of Microsoft's checkout, and of many others."""

@@ -32,7 +32,7 @@ class Decomposition:
     """Factors of a bias `(*batch, H, Nq, Nk)` less its row means, and their errors, one for each `(*batch, H)`.
 
     q_factor, k_factor: `(*batch, H, N, R)`, singular values spread evenly to both sides.
-    row_means: `(*batch, H, Nq)`. Attention's output does not depend on them; add them to an LSE.
+    row_means: `(*batch, H, Nq)`, fp32 at least. Attention's output does not depend on them; add them to an LSE.
     spectrum: `(*batch, H, S)`, singular values in descending order, all of them or (`randomised`) the leading ones.
     energy: the share of the sum of squares, without the row means, that the factors keep.
     bias_error: the largest entry of what they leave out, rounding included.
@@ -76,7 +76,7 @@ def svd(
     randomised: bool = False,
     seed: int = 0,
 ) -> Decomposition:
-    """The best factors of a given rank, by a singular value decomposition in fp32 (fp64 for a bias in fp64).
+    """The best factors of a given rank, by a singular value decomposition in float64.
 
     Args:
         bias: `(*batch, H, Nq, Nk)`, any floating dtype, finite.
@@ -106,7 +106,7 @@ def svd(
         )
     limit = most if rank is None else min(rank, most)
     dtype = dtype or bias.dtype
-    exact = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    exact = bias.double()  # which no setting for the products of fp32 matrices touches
     means = exact.mean(-1, keepdim=True)
     centred = exact - means
     left, spectrum, right = _decompose(centred, limit if randomised else most, randomised, seed)
@@ -131,10 +131,10 @@ def svd(
     return Decomposition(
         q_factor=q_factor,
         k_factor=k_factor,
-        row_means=means.squeeze(-1),
+        row_means=means.squeeze(-1).to(torch.promote_types(bias.dtype, torch.float32)),
         spectrum=spectrum,
         energy=torch.where(total > 0, kept / total, 1.0).clamp(max=1.0),
-        bias_error=(centred - q_factor.to(centred.dtype) @ k_factor.to(centred.dtype).mT).abs().amax((-2, -1)),
+        bias_error=(centred - q_factor.double() @ k_factor.double().mT).abs().amax((-2, -1)),
         output_error=output_error(chosen),
         table_error=table_error,
     )
@@ -167,7 +167,7 @@ class _Probe:
         scale = torch.as_tensor(scale, dtype=torch.float64, device=bias.device)
         self.scores = query @ key.mT * scale[..., None, None]
         self.value = normal(n_k)
-        self.out = self.attend(bias[..., self.rows, :].double())
+        self.out = self.attend(bias[..., self.rows, :])
         self.size = torch.linalg.matrix_norm(self.out)
 
     def attend(self, bias: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from . import profile, verify
 logger = logging.getLogger("flashbias.integrations")
 
 _said: set[str] = set()
+_called: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Replacement:
         if reason is not None:
             say_once(f"{self.name}: {reason} is not covered, the host's own code computes it")
             return getattr(module, self.original)(*args, **kwargs)
+        _note_call(self.name)
         if torch.compiler.is_compiling():
             return self.forward(module, *args, **kwargs)
         if verify.enabled():
@@ -162,6 +164,17 @@ def say_once(message: str) -> bool:
         return False
     _said.add(message)
     logger.warning(message)
+    return True
+
+
+def was_called(name: str) -> bool:
+    """Whether a replacement of that name has computed anything in this process, or become part of a graph."""
+    return name in _called
+
+
+@torch.compiler.assume_constant_result  # as above
+def _note_call(name: str) -> bool:
+    _called.add(name)
     return True
 
 

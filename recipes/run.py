@@ -155,6 +155,8 @@ _SPAWN = PatchSet(
 
 def _report(names: Sequence[str]) -> None:
     """Say which patches were asked for in vain."""
+    from flashbias.integrations.integration import was_called
+
     for name in names:
         integration = sys.modules[available()[name]].INTEGRATION
         if disabled():
@@ -162,6 +164,8 @@ def _report(names: Sequence[str]) -> None:
         elif not integration.is_applied():
             hosts = (f"{host.module}: {host.reason or 'never imported'}" for host in integration.status())
             reason = f"was not applied. {'; '.join(hosts)}"
+        elif not was_called(name):
+            reason = "was applied, but nothing that it replaces was called in this process"
         else:
             continue
         print(f"flashbias: {name} {reason}", file=sys.stderr)

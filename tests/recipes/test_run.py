@@ -1,5 +1,6 @@
 """`flashbias run`: the script sees what Python would show it, and its host is patched."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -147,6 +148,27 @@ def test_processes_have_the_patches_too(method, function, module, write, flashbi
     assert (ended.code, ended.out) == (0, f"{(method, name, PATCHED, [method, function], '1')}\n"), ended.err
 
 
+MODEL = """
+from flashbias.integrations._torchvision import make_importable
+make_importable()
+import torch
+from timm.models.swin_transformer_v2 import WindowAttention
+attention = WindowAttention(8, (4, 4), 2).eval()
+with torch.inference_mode():
+    print(attention(torch.randn(3, 16, 8)).shape)
+"""
+
+
+def test_patched_layers_are_compared_and_timed(write, flashbias):
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    ended = flashbias("run", "--verify", "--profile", "--patch", "swin_v2", "--", write(MODEL))
+    assert (ended.code, ended.out) == (0, "torch.Size([3, 16, 8])\n"), ended.err
+    assert "flashbias: " not in ended.err
+    for expected in ("FLASHBIAS_VERIFY", "difference", "3 x 16 x 8", "FLASHBIAS_PROFILE"):
+        assert expected in ended.err
+
+
 def test_unknown_name_is_refused(write, flashbias):
     for names, found in (("swin_v2,swing", "--patch swing"), (",", "--patch nothing")):
         ended = flashbias("run", "--patch", names, "--", write("print('started')"))
@@ -159,6 +181,12 @@ def test_script_that_is_not_there_is_refused(flashbias):
     ended = flashbias("run", "--patch", "swin_v2", "--", "nowhere.py")
     assert ended.code == 2
     assert "no file nowhere.py" in ended.err
+
+
+@pytest.mark.usefixtures("host")
+def test_patch_that_nothing_calls_is_said(write, flashbias):
+    ended = flashbias("run", "--patch", "swin_v2", "--", write("import timm.models.swin_transformer_v2"))
+    assert "swin_v2 was applied, but nothing that it replaces was called" in ended.err
 
 
 def test_patch_in_vain_is_said(write, flashbias):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,47 @@ def doctor(
     from .doctor import run
 
     run(as_json)
+
+
+@app.command()
+def bench(
+    workload: Annotated[list[str] | None, typer.Option(help="Names, by commas or repeated; all by default.")] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(help="Names, or best (default: ours, no bias, the fastest known), safe (of one process), all."),
+    ] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="fwd, fwdbwd; both by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = "auto",
+    sizes: Annotated[str, typer.Option(help="full, which is for a GPU, or small; by the device by default.")] = "",
+    lengths: Annotated[str, typer.Option(help="Lengths, by commas, at which to measure instead, for curves.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which everyone is timed in turn.")] = 3,
+    warm: Annotated[
+        int | None, typer.Option(min=0, help="Processes that measure first calls beforehand; 0: none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; by default recipes/results and the device's name.")] = None,
+    flashbias_repo: Annotated[Path | None, typer.Option(help="A checkout of the paper's code.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random data.")] = 0,
+    show: Annotated[bool, typer.Option("--list", help="Only list workloads and peers.")] = False,
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Only draw the figures anew, from the results in --out.")
+    ] = False,
+) -> None:
+    """Time attention with a bias beside its peers and beside attention without one, each result checked for accuracy.
+
+    Some minutes on a GPU, one on a CPU, where sizes are small. Writes CSV and PNG; the last line of stdout is JSON.
+    Exit code 1: a result of flashbias is wrong or missing.
+    """
+    from .bench import main as benchmark
+
+    request = benchmark.Request(
+        workload or [], peers or [], mode or [], device, sizes, lengths, repeats, seed, warm, out, flashbias_repo
+    )
+    if show:
+        benchmark.listing(request)
+    elif redraw:
+        print(*benchmark.redraw(request), sep="\n")
+    else:
+        raise typer.Exit(benchmark.run(request))
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -1,5 +1,6 @@
 """`flashbias demo` as a person runs it, and what it makes of evaluations that differ."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -10,8 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flashbias import decompose
+from flashbias.integrations.choice import Choice
 from flashbias.recipes import demo
 from flashbias.recipes.cli import app, main
+from flashbias.recipes.demo_digits import Layer
 from flashbias.recipes.side_by_side import Measurement
 
 
@@ -40,11 +44,12 @@ def command_line(*arguments, **environment):
 
 
 @pytest.mark.usefixtures("needs_timm")
-def test_demo_ends_with_a_line_of_json():
-    process = command_line("demo", "--epochs", "1", "--seed", "3")
+def test_demo_shows_and_stores_what_it_found(tmp_path):
+    process = command_line("demo", "--epochs", "1", "--seed", "3", "--no-base", "--out", str(tmp_path / "new"))
     assert process.returncode == 0, process.stderr
     *table, last = process.stdout.strip().splitlines()
-    assert any("peak memory" in line for line in table)
+    for expected in ("peak memory", "largest logit difference", "layers.1.blocks.1.attn"):
+        assert any(expected in line for line in table)
     result = json.loads(last)
     assert result["agree"] is True
     assert result["images"] == 360
@@ -53,6 +58,16 @@ def test_demo_ends_with_a_line_of_json():
     assert (result["epochs"], result["seed"]) == (1, 3)
     for name in ("seconds_stock", "seconds_patched", "peak_mib_stock", "peak_mib_patched", "training_seconds"):
         assert result[name] > 0
+    assert [layer["layer"] for layer in result["layers"]] == [
+        f"layers.{i}.blocks.{j}.attn" for i in (0, 1) for j in (0, 1)
+    ]
+    assert all(layer["bias"] in ("exact", "factored") and layer["reason"] for layer in result["layers"])
+    with (tmp_path / "new" / "demo.csv").open() as file:
+        stock, patched = csv.DictReader(file)
+    assert (stock["variant"], patched["variant"]) == ("timm", "flashbias")
+    assert float(patched["seconds"]) == result["seconds_patched"]
+    assert {"device", "driver", "torch", "triton", "flashbias", "commit", "accurate"} <= patched.keys()
+    assert nothing_is_cut_off(tmp_path / "new" / "demo.png")
 
 
 @pytest.mark.slow
@@ -65,8 +80,24 @@ def test_demo_learns_to_read():
     assert result["peak_mib_patched"] < result["peak_mib_stock"]
 
 
+def nothing_is_cut_off(path):
+    """Whether the picture's margin is empty all around, and the rest is not."""
+    from matplotlib.image import imread
+
+    picture = imread(path).copy()
+    drawn = picture.min()
+    picture[6:-6, 6:-6] = 1
+    return drawn < 0.5 and picture.min() == 1
+
+
 def measurement(logits):
-    return Measurement(logits, seconds=1.0, peak=2**20)
+    return Measurement(torch.tensor(logits).numpy(), seconds=1.0, peak=2**20)
+
+
+def layer(name, rank):
+    bias = torch.randn(2, 30, 30)
+    choice = Choice(name, "exact" if rank is None else "factored", "because it pays, or because it does not", rank)
+    return Layer(choice, decompose.svd(bias, rank or 16), bias)
 
 
 STOCK = [[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [4.0, 1.0]]
@@ -99,14 +130,17 @@ def test_verdict(patched, agree):
 
 @pytest.mark.usefixtures("needs_timm")
 @pytest.mark.parametrize(("shift", "code"), [(1e-6, 0), (1e-2, 1)], ids=["agree", "differ"])
-def test_exit_code_is_the_verdict(monkeypatch, shift, code):
+def test_exit_code_is_the_verdict(monkeypatch, tmp_path, shift, code):
     logits = torch.randn(360, 10)
     pair = {"stock": measurement(logits.tolist()), "patched": measurement((logits + shift).tolist())}
+    layers = [layer(f"layers.{i}.blocks.0.attn", rank) for i, rank in enumerate((None, 16, 4))]
     monkeypatch.setattr(demo, "train", lambda *args: None)
     monkeypatch.setattr(demo, "side_by_side", lambda *args: pair)
-    result = CliRunner().invoke(app, ["demo"])
+    monkeypatch.setattr(demo, "look_inside", lambda *args: layers)
+    result = CliRunner().invoke(app, ["demo", "--no-base", "--out", str(tmp_path)])
     assert result.exit_code == code, result.output
     assert json.loads(result.stdout.strip().splitlines()[-1])["agree"] is (code == 0)
+    assert nothing_is_cut_off(tmp_path / "demo.png")
 
 
 @pytest.mark.parametrize(
@@ -130,10 +164,10 @@ def test_demo_needs_the_patch(monkeypatch, capsys):
     assert "FLASHBIAS_DISABLE" in capsys.readouterr().err
 
 
-def test_demo_needs_timm(monkeypatch):
+def test_demo_needs_timm(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(demo.DemoError, match=r"no timm.*pip install"):
-        demo.run(1, 0, "cpu")
+        demo.run(1, 0, "cpu", tmp_path)
 
 
 def test_command_line_starts_without_torch_models():

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from flashbias.recipes.memory import peak_memory
-from flashbias.recipes.side_by_side import side_by_side
+from flashbias.recipes.side_by_side import side_by_side, steps
 
 MIB = 2**20
 
@@ -25,6 +25,17 @@ class Fill:
         held = numpy.ones(self.mib * MIB, dtype=numpy.uint8)
         time.sleep(0.001 * self.mib)
         return os.getpid(), int(held[-1])
+
+
+class Held:
+    """Work that needs nothing beyond what its process holds already."""
+
+    def __init__(self, mib):
+        self.mib = mib
+
+    def __call__(self):
+        held = numpy.ones(self.mib * MIB, dtype=numpy.uint8)
+        return lambda: int(held[-1])
 
 
 def test_variants_run_in_processes_of_their_own():
@@ -57,3 +68,17 @@ def test_peak_on_a_gpu():
 
     _, peak = peak_memory(lambda: torch.ones(50 * MIB, dtype=torch.uint8, device="cuda").max(), "cuda")
     assert peak == pytest.approx(50 * MIB, abs=4 * MIB)
+
+
+def test_others_go_on_where_one_fails():
+    variants, failures, steps_taken = {"bad": fail, "good": Fill(1)}, {}, []
+    measured = side_by_side(variants, "cpu", 2, lambda: steps_taken.append(1), failures)
+    assert list(measured) == ["good"]
+    assert isinstance(failures["bad"], ValueError)
+    assert len(steps_taken) == steps(variants, 2) - 3
+
+
+def test_memory_that_is_held_already_is_told_apart():
+    measured = side_by_side({"work": Held(80)}, "cpu", repeats=1)["work"]
+    assert measured.held > 80 * MIB
+    assert measured.peak < 20 * MIB

@@ -49,8 +49,8 @@ class Choice:
     """What a layer's bias was kept as.
 
     layer: the module's name within its model. bias: "exact", "factored", or "undecided" before the first call in
-    inference. rank: of the factors. output_error: of attention with the factors that were tried, table_error: with the
-    matrix as it is kept, both relative and in the worst head; None where nothing was tried.
+    inference. rank: of the factors that were tried, output_error: of attention with them, table_error: of attention
+    with the matrix in the same dtype, both relative and in the worst head; None where none were tried.
     """
 
     layer: str
@@ -68,23 +68,24 @@ def choose(
 
     `make(dtype)` is its matrix `(H, N, N)`; `scale`, `(H,)`, multiplies products of unit queries and keys.
     """
-    exact = make(dtype)
-    n, device, name = exact.shape[-1], exact.device.type, str(dtype).removeprefix("torch.")
-    probe: dict[str, Any] = {"dtype": dtype, "scale": scale, "head_dim": head_dim, "randomised": True}
     if settings.mode == "exact":
-        return DenseBias(exact), Choice("", "exact", "asked for")
-    if settings.mode == "factored":
-        found = decompose.svd(make(torch.float32), settings.rank, **probe)
-        return found.bias(), _choice("factored", "asked for", found)
+        return DenseBias(make(dtype)), Choice("", "exact", "asked for")
+    table = make(torch.float32)
+    n, device, name = table.shape[-1], table.device.type, str(dtype).removeprefix("torch.")
     pay = [r for r in RANKS if plan.factors_pay(n, n, head_dim, r, BATCH_ROWS, device, dtype.itemsize)]
-    if not pay:
-        return DenseBias(exact), Choice("", "exact", f"factors of {n} keys in {name} do not pay on {device}")
-    limits = {"tolerance": settings.tolerance, "step": RANKS.step}
-    found = decompose.svd(make(torch.float32), max(pay), **limits, **probe)
+    if settings.mode == "auto" and not pay:
+        return DenseBias(make(dtype)), Choice("", "exact", f"factors of {n} keys in {name} do not pay on {device}")
+    if not bool(table.isfinite().all()):
+        return DenseBias(make(dtype)), Choice("", "exact", "it has infinite or NaN entries")
+    probe: dict[str, Any] = {"dtype": dtype, "scale": scale, "head_dim": head_dim, "randomised": True}
+    if settings.mode == "factored":
+        found = decompose.svd(table, settings.rank, **probe)
+        return found.bias(), _choice("factored", "asked for", found)
+    found = decompose.svd(table, max(pay), tolerance=settings.tolerance, step=RANKS.step, **probe)
     if found.excess <= settings.tolerance:
         return found.bias(), _choice("factored", f"pays, and is within {settings.tolerance:.0e}", found)
     reason = f"factors of rank {found.rank}, the highest that pays, are not within {settings.tolerance:.0e}"
-    return DenseBias(exact), _choice("exact", reason, found)
+    return DenseBias(make(dtype)), _choice("exact", reason, found)
 
 
 def _choice(bias: str, reason: str, found: decompose.Decomposition) -> Choice:

@@ -59,7 +59,8 @@ class Integration:
         Raises a `flashbias.patches.PatchError` for a host that cannot be patched, and leaves that host as it is; but
         one that is not imported is passed over where another is patched.
         """
-        changed, refusals = False, []
+        changed = False
+        refusals: list[tuple[PatchSet, PatchError]] = []
         for host in self.hosts:
             if host.recognise is not None and not host.is_imported():
                 host.apply_when_imported()
@@ -70,10 +71,10 @@ class Integration:
                 logger.debug("%s: %s", self.name, error)
             except PatchError as error:
                 refusals.append((host, error))
-        for host, error in refusals:
+        for host, refusal in refusals:
             if host.is_imported() or not self.is_applied():
-                raise error
-            logger.info("%s: %s", self.name, error)
+                raise refusal
+            logger.info("%s: %s", self.name, refusal)
         return changed
 
     def apply_when_imported(self) -> None:

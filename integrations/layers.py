@@ -43,7 +43,7 @@ def name_in_model(module: Module) -> str:
     Found by the callers' `self`, since a module does not know its model.
     """
     frame = sys._getframe()
-    callers = []
+    callers: list[Module] = []
     while frame.f_back is not None:
         frame = frame.f_back
         caller = frame.f_locals.get("self")

@@ -108,6 +108,14 @@ def test_auto_takes_the_smallest_rank_within_the_tolerance(monkeypatch):
     assert choose("auto", tolerance=1.0, bias=rough)[1].bias == "factored"
 
 
+@pytest.mark.parametrize("mode", ["auto", "factored"])
+def test_broken_weights_stay_what_they_are(mode, monkeypatch):
+    monkeypatch.setattr(plan, "factors_pay", lambda *args: True)
+    bias, made = choose(mode, bias=torch.full((2, 4, 4), torch.nan))
+    assert bias.values.isnan().all()
+    assert (made.bias, made.reason) == ("exact", "it has infinite or NaN entries")
+
+
 def test_auto_asks_the_plan_for_its_own_problem(monkeypatch):
     asked = []
     monkeypatch.setattr(plan, "factors_pay", lambda *args: asked.append(args))

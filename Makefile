@@ -36,7 +36,7 @@ test-lowest:  ## run the tests on the lowest versions that setup.cfg allows, in 
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
 	.venv-lowest/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-demo: $(READY)  ## train a small SwinV2, run it stock and patched, compare
+demo: $(READY)  ## train a small SwinV2, run it stock and patched, compare; leaves demo.csv and demo.png
 	$(BIN)/flashbias demo
 
 lint: $(READY)  ## check style and formatting

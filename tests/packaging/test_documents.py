@@ -25,6 +25,10 @@ def fenced(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def console_lines(text: str) -> list[str]:
+    return [line for block in fenced(text, "console") for line in block.splitlines() if line]
+
+
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False
@@ -69,12 +73,33 @@ def test_commands_of_the_readme_exist(readme: str, root: Path, setup: configpars
         run(sys.executable, "-c", program, command, "--help", cwd=root)
 
 
+MAIN = """
+import os, sys
+from timm.models.swin_transformer_v2 import WindowAttention
+assert sys.argv[1:] == ["--eval"] and WindowAttention.forward.__module__ == "flashbias.integrations.swin_v2"
+open(f"was here {os.environ.get('RANK')}", "w").close()
+"""
+MODULES = {"flashbias": "flashbias.recipes", "torchrun": "torch.distributed.run"}
+
+
+def test_commands_of_the_readme_run(readme: str, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(
+        f"from flashbias.integrations import _torchvision as t; t.make_importable(){MAIN}"
+    )
+    lines = [line for line in console_lines(readme) if not line.startswith("make ")]
+    for line in lines:
+        program, *arguments = line.split()
+        run(sys.executable, "-m", MODULES[program], *arguments, cwd=tmp_path)
+    ranks = {path.name for path in tmp_path.glob("was here *")}
+    assert ranks == {"was here None", "was here 0", "was here 1"}, lines
+
+
 def test_make_targets_of_the_documents_exist(root: Path) -> None:
     named = set()
     for name in DOCUMENTS:
         text = (root / name).read_text(encoding="utf-8")
         named |= set(re.findall(r"`make ([a-z-]+)`", text))
-        named |= {line.split()[1] for block in fenced(text, "console") for line in block.splitlines() if line}
+        named |= {line.split()[1] for line in console_lines(text) if line.startswith("make ")}
     assert {"demo", "test"} <= named
     for target in sorted(named):
         run("make", "--dry-run", target, cwd=root)

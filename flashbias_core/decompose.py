@@ -24,7 +24,7 @@ from .checks import check_floating
 from .errors import ShapeError, UnsupportedError
 
 PROBE_ROWS = 256  # queries of a probe at most; it attends to all keys
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
+OVERSAMPLING, POWER_ITERATIONS = 16, 2
 
 
 @dataclass(frozen=True)

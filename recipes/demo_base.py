@@ -57,19 +57,17 @@ def measure(case: Case, device: str, console: Any) -> list[dict[str, Any]]:
     for name, error in failures.items():
         if name in (f"{REFERENCE}|eager", "timm|eager"):
             raise error
-        console.print(f"[red]{name.replace('|', ', ')} failed: {type(error).__name__}: {error}", markup=True)
+        console.print(f"{name.replace('|', ', ')} failed: {type(error).__name__}: {error}", style="red", markup=False)
     return rows(case, measured)
 
 
 def rows(case: Case, measured: Mapping[str, Measurement]) -> list[dict[str, Any]]:
     """What was measured, judged. Results are logits `(images, classes)`."""
-    import numpy
-
     from flashbias.integrations.choice import Settings
 
     reference = measured[f"{REFERENCE}|eager"].result
-    scale = float(numpy.abs(reference).max())
-    errors = {name: float(numpy.abs(entry.result - reference).max()) / scale for name, entry in measured.items()}
+    scale = float(abs(reference).max())
+    errors = {name: float(abs(entry.result - reference).max()) / scale for name, entry in measured.items()}
     allowed = 2 * errors["timm|eager"]
     tolerance = Settings().tolerance
     return [

@@ -65,5 +65,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     table = Table(Column(first, no_wrap=True), *others, title=title)
     for row in rows:
         table.add_row(*row)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # in a file nothing has to be cut off
     if rows:
-        Console(stderr=True).print(table)
+        console.print(table)

@@ -42,7 +42,7 @@ class Launch(BaseException):
 def switch_on(names: Sequence[str]) -> None:
     """Apply the integrations `names`, each as soon as its host is imported, here and in processes started from here.
 
-    At the end of this process, what was asked for in vain is said on stderr. Raises `RunError` for an unknown name.
+    What there is to say of them at the end of this process goes to stderr. Raises `RunError` for an unknown name.
     """
     unknown = sorted(set(names) - available().keys())
     if unknown or not names:
@@ -154,9 +154,14 @@ _SPAWN = PatchSet(
 
 
 def _report(names: Sequence[str]) -> None:
-    """Say which patches were asked for in vain."""
+    """Say the worst difference, if calls were compared, and which patches were asked for in vain."""
+    from flashbias.integrations import verify
     from flashbias.integrations.integration import was_called
 
+    if compared := verify.differences():
+        worst = max(compared, key=lambda entry: entry.difference / (entry.largest or 1))
+        entry = f"{worst.difference:.2e} beside entries of up to {worst.largest:.2e}, in {worst.layer}"
+        print(f"flashbias: worst difference {entry}", file=sys.stderr)
     for name in names:
         integration = sys.modules[available()[name]].INTEGRATION
         if disabled():

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import platform
+import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +18,8 @@ from . import machine
 
 
 def run(as_json: bool) -> None:
-    """Print the report, as tables or as JSON."""
+    """Print the report, as tables or as JSON. Checkouts are looked for in the current folder too."""
+    sys.path.append(os.getcwd())
     report = examine()
     if as_json:
         print(json.dumps(report, indent=2))
@@ -92,7 +94,7 @@ def _concerns_us(name: str) -> bool:
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     kernels = "run" if report["kernels"]["usable"] else f"cannot run: {report['kernels']['reason']}"
     table = Table(show_header=False, box=None)
@@ -111,15 +113,19 @@ def _print(report: dict[str, Any]) -> None:
         *report["environment"].items(),
     ):
         table.add_row(f"[bold]{label}", escape(value.strip()))
-    hosts = Table("patch", "host", "installed", "supported", "patched", "", title="Hosts", title_justify="left")
+    hosts = Table("patch", Column("host", overflow="fold"), "installed", "supported", "patched", "can be patched")
+    reasons = []
     for host in report["hosts"]:
+        name = host.get("host", "")
         hosts.add_row(
             host["integration"],
-            host.get("host", ""),
+            name,
             host.get("installed") or "no",
             host.get("supported") or "any",
             "yes" if host.get("patched") else "no",
-            "ready: flashbias run --patch " + host["integration"] if host["ok"] else escape(host["reason"]),
+            "yes" if host["ok"] else "no, see below",
         )
+        if not host["ok"]:
+            reasons.append(f"{host['integration']}, {name}: {host['reason']}")
     console = Console()
-    console.print(table, hosts)
+    console.print(table, hosts, *map(escape, reasons), sep="\n")

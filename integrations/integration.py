@@ -158,7 +158,16 @@ class Replacement:
         return self.forward(module, *args, **kwargs)
 
 
-@torch.compiler.assume_constant_result  # under torch.compile: said while the graph is made, without a break in it
+def _run_while_traced(function: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Under torch.compile: called while the graph is made, without a break in it.
+
+    That is `torch.compiler.assume_constant_result`, which would load the compiler at once: a second of every start.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@_run_while_traced
 def say_once(message: str) -> bool:
     """Log a message, unless it has been logged before; returns whether it has just been logged."""
     if message in _said:
@@ -173,7 +182,7 @@ def was_called(name: str) -> bool:
     return name in _called
 
 
-@torch.compiler.assume_constant_result  # as above
+@_run_while_traced
 def _note_call(name: str) -> bool:
     _called.add(name)
     return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from flashbias.patches import OtherHostError, PatchError, PatchSet
 
@@ -141,7 +142,7 @@ class Replacement:
     original: str
 
     def __call__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        reason = _traced_by_python(args) or self.not_covered(module, *args, **kwargs)
+        reason = _out_of_reach(args) or self.not_covered(module, *args, **kwargs)
         if reason is not None:
             say_once(f"{self.name}: {reason} is not covered, the host's own code computes it")
             return getattr(module, self.original)(*args, **kwargs)
@@ -188,12 +189,23 @@ def _note_call(name: str) -> bool:
     return True
 
 
-def _traced_by_python(args: tuple[Any, ...]) -> str | None:
-    """These two tracers record the host's operations one by one, and must find those that they know."""
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _out_of_reach(args: tuple[Any, ...]) -> str | None:
+    """Tracers that must find operations that they know, and transforms that the operator has no rule for."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     if any(isinstance(arg, torch.fx.Proxy) for arg in args):
         return "torch.fx"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     return None
 
 

@@ -29,14 +29,13 @@ from flashbias import Bias, DenseBias, Segments, biased_attention
 from flashbias.patches import Patch, PatchSet, attributes_read
 
 from .choice import Choice, Settings, choose
-from .derived import Derived, keepable, readable
-from .integration import Integration, Replacement, say_once
+from .derived import Derived, keepable
+from .integration import Integration, Replacement, is_hooked, say_once
+from .segments import is_partition, segment_ids
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _biases: Derived[tuple[Bias, Choice]] = Derived()
-_segments: Derived[Tensor] = Derived()
-_partitions: Derived[bool] = Derived()
 
 
 # Optional, because TorchScript reads this signature.
@@ -75,7 +74,7 @@ def choices(model: nn.Module) -> list[Choice]:
         if kept is not None:
             found.append(replace(kept[1], layer=name))
         elif part.training or made_from is None:
-            reason = "in training" if part.training else "a cpb_mlp of another make"
+            reason = "in training" if part.training else "a cpb_mlp of another make, or with hooks"
             found.append(Choice(name, "exact", f"{reason}: made in every call"))
         else:
             found.append(Choice(name, "undecided", "not called without gradients since its weights changed"))
@@ -139,9 +138,11 @@ def _live_bias(attention: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _made_from(attention: Any) -> list[Tensor] | None:
-    """What `_kept_bias` needs; None if the small network is another than the hosts', or its weights are not kept."""
+    """What `_kept_bias` needs; None if the small network is not as in the hosts, or its weights are not kept."""
     network = attention.cpb_mlp
     if type(network) is not nn.Sequential or [type(part) for part in network] != [nn.Linear, nn.ReLU, nn.Linear]:
+        return None
+    if is_hooked(network) or any(is_hooked(part) for part in network):
         return None
     first, _, last = network
     weights = [first.weight, first.bias, last.weight]
@@ -201,7 +202,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Bias, mask: Tensor 
         return out
     shape = (query.shape[0] // mask.shape[0], mask.shape[0])
     query, key, value = (tensor.unflatten(0, shape) for tensor in (query, key, value))
-    ids = _segment_ids(mask)
+    ids = segment_ids(mask)
     out = biased_attention(query, key, value, bias, mask=Segments(ids, ids), scale=1.0)
     assert isinstance(out, Tensor)
     return out.flatten(0, 1)
@@ -227,39 +228,20 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, made_from:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def _segment_ids(mask: Tensor) -> Tensor:
-    """Ids `(windows, N)`, equal where the mask is 0: the first position of each one's part of the window."""
-
-    def make() -> Tensor:
-        return (mask == 0).to(torch.uint8).argmax(-1).to(torch.int32)
-
-    return make() if torch.compiler.is_compiling() else _segments.get(mask, [mask], None, make)
-
-
-def _is_partition(mask: Tensor) -> bool:
-    """Whether a mask is 0 within the parts of a window and -100 or less between them, as those of the hosts are."""
-
-    def look() -> bool:
-        ids = _segment_ids(mask)
-        apart = ids[:, :, None] != ids[:, None, :]
-        return bool((torch.where(apart, mask <= -100, mask == 0)).all())
-
-    # A compiler cannot branch on values, and need not: a mask by another hand does not come through a host's model.
-    return torch.compiler.is_compiling() or not readable(mask) or _partitions.get(mask, [mask], None, look)
-
-
 def _not_covered(attention: Any, x: Tensor, mask: Tensor | None = None) -> str | None:
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if device not in ("cpu", "cuda"):
         return f"a tensor on {device}"
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if dtype not in DTYPES:
         return f"{dtype}"
     if attention.training and getattr(attention.attn_drop, "p", 0) > 0:
         return "attention dropout in training"
-    if attention.attn_drop._forward_hooks or attention.softmax._forward_hooks:
+    if is_hooked(attention.softmax) or is_hooked(attention.attn_drop):
         return "a hook on the attention weights, which are never made,"
-    if mask is not None and not _is_partition(mask):
+    if type(attention.softmax) is not nn.Softmax or type(attention.attn_drop) not in (nn.Dropout, nn.Identity):
+        return "a softmax or dropout of another make"
+    if mask is not None and not is_partition(mask):
         return "a mask that is not one of a shifted window"
     return None
 

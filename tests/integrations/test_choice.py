@@ -258,11 +258,12 @@ def test_weights_that_are_made_in_every_call_are_not_decomposed(swin_v2, small_m
     torch.testing.assert_close(result, logits(model, image))
 
 
-def test_small_network_of_another_make_is_computed_by_itself(swin_v2, stock, small_model, image, found):
+def test_small_network_of_another_make_or_with_hooks_is_computed_by_itself(swin_v2, stock, small_model, image, found):
     swin_v2.configure(mode="factored", rank=2)
     model = small_model()
-    for block in model.layers[0].blocks:
-        block.attn.cpb_mlp.insert(1, torch.nn.Tanh())
+    first, second = (block.attn.cpb_mlp for block in model.layers[0].blocks)
+    first.insert(1, torch.nn.Tanh())
+    second[2].register_forward_hook(lambda module, args, out: out / 2)
     ours = logits(model, image)
     with stock():
         torch.testing.assert_close(ours, logits(model, image), rtol=1e-4, atol=1e-4)

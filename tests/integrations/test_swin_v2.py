@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils import checkpoint
 
+from flashbias.integrations.segments import segment_ids
 from flashbias.testing import assert_as_accurate
 
 from .conftest import DEVICE, both_hosts, give_structure
@@ -128,11 +129,11 @@ def test_whole_model(swin_v2, stock, make_model, training):
 
 
 @pytest.mark.parametrize("window", [(4, 4), (7, 7), (16, 16), (32, 32), (4, 6)], ids=str)
-def test_segments_are_the_mask_bit_for_bit(host, swin_v2, window):
+def test_segments_are_the_mask_bit_for_bit(host, window):
     block = host.SwinTransformerV2Block(
         4, (2 * window[0], 3 * window[1]), 1, window_size=window, shift_size=(window[0] // 2, window[1] // 2)
     )
-    ids = swin_v2._segment_ids(block.attn_mask)
+    ids = segment_ids(block.attn_mask)
     assert ids.shape == (6, window[0] * window[1])
     assert ids.min() >= 0, "-1 would attend nowhere"
     assert torch.equal(ids[:, :, None] != ids[:, None, :], block.attn_mask != 0)

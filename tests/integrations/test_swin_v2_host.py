@@ -1,5 +1,6 @@
 """SwinV2: the patch in its host. When it runs, when it hands over, and how it is taken out."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from flashbias.patches import PatchedOnTopError, SignatureChangedError, UnsupportedVersionError
 
@@ -223,13 +225,44 @@ def mask_of_another_kind(model, image):
     return attention(x, mask)
 
 
-def with_a_hook_on_the_weights(model, image):
+def with_hooks_on_the_weights(model, image):
     seen = []
-    handle = model.layers[0].blocks[0].attn.attn_drop.register_forward_hook(lambda m, args, out: seen.append(out))
+    attention = model.layers[0].blocks[0].attn
+    handles = [
+        attention.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out)),
+        attention.softmax.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+    ]
     result = model(image)
-    handle.remove()
-    assert seen[0].shape == (2 * 16, 2, 16, 16)
+    for handle in handles:
+        handle.remove()
+        model(image)
+    assert [tuple(weights.shape) for weights in seen] == [(2 * 16, 2, 16, 16)] * 3
     return result
+
+
+class SoftmaxWithOne(torch.nn.Module):
+    """Attention may go nowhere."""
+
+    def forward(self, scores):
+        return torch.nn.functional.pad(scores, (0, 1)).softmax(-1)[..., :-1]
+
+
+def with_another_softmax(model, image):
+    model.layers[0].blocks[0].attn.softmax = SoftmaxWithOne()
+    return model(image)
+
+
+def gradient_by_transform(model, image):
+    return torch.func.grad(lambda image: model(image).square().sum())(image)
+
+
+def one_image_at_a_time(model, image):
+    return torch.func.vmap(lambda one: model(one[None])[0])(image)
+
+
+def directional_derivative(model, image):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(image, torch.ones_like(image)))).tangent
 
 
 @pytest.mark.parametrize(
@@ -238,9 +271,14 @@ def with_a_hook_on_the_weights(model, image):
         ({"attn_drop_rate": 0.5}, lambda model, image: model.train()(image), "attention dropout in training"),
         ({}, lambda model, image: model.double()(image.double()), "torch.float64"),
         ({}, mask_of_another_kind, "a mask that is not one of a shifted window"),
-        ({}, with_a_hook_on_the_weights, "a hook on the attention weights"),
+        ({}, with_hooks_on_the_weights, "a hook on the attention weights"),
+        ({}, with_another_softmax, "a softmax or dropout of another make"),
+        ({}, gradient_by_transform, "a transform of torch.func"),
+        ({}, one_image_at_a_time, "a transform of torch.func"),
+        ({}, directional_derivative, "forward-mode differentiation"),
+        ({}, lambda model, image: model.to("meta")(image.to("meta")).shape, "a tensor on meta"),
     ],
-    ids=["dropout", "float64", "mask", "hook"],
+    ids=["dropout", "float64", "mask", "hook", "softmax", "grad", "vmap", "forward mode", "meta"],
 )
 def test_what_is_not_covered_is_handed_over_and_said_once(
     swin_v2, stock, small_model, image, caplog, options, call, reason
@@ -248,10 +286,10 @@ def test_what_is_not_covered_is_handed_over_and_said_once(
     model = small_model(**options)
     with stock():
         torch.manual_seed(7)
-        expected = call(model, image)
+        expected = call(copy.deepcopy(model), image)
     for _ in range(2):
         torch.manual_seed(7)
-        torch.testing.assert_close(call(model, image), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(call(copy.deepcopy(model), image), expected, rtol=1e-4, atol=1e-4)
     assert sum(reason in record.message for record in caplog.records) == 1
 
 

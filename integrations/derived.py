@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
@@ -15,12 +16,13 @@ class Derived(Generic[T]):
     """One value per tensor that owns it, kept beside the tensor: in no state dict, no pickle and no copy.
 
     A value is made anew when one of the tensors that it was made from is another tensor, lies elsewhere, or has been
-    written to (`load_state_dict`, `.to`, an optimizer's step, `copy_`). Writes through `.data` leave no trace in torch:
-    call `forget` after them.
+    written to (`load_state_dict`, `.to`, an optimizer's step, `copy_`). Writes through `.data` or numpy, or by a fused
+    optimizer whose step is compiled, leave no trace in torch: call `forget` after them.
     """
 
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()
+        register_optimizer_step_post_hook(self._forget_stepped)
 
     def get(self, owner: Tensor, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], T]) -> T:
         """The value for these tensors and this key; `make()` computes it, in every call where nothing can be kept."""
@@ -47,6 +49,15 @@ class Derived(Generic[T]):
     def forget(self, owner: Tensor) -> None:
         """Drop a tensor's value."""
         self._entries.pop(owner, None)
+
+    def _forget_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Fused optimizers write without a trace."""
+        if torch.compiler.is_compiling() or not self._entries:
+            return
+        stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        for owner, (state, *_) in list(self._entries.items()):
+            if any(id(reference()) in stepped for reference, *_ in state):
+                self.forget(owner)
 
 
 def keepable(tensors: Sequence[Tensor]) -> bool:

@@ -56,7 +56,8 @@ def train(self: Any, mode: bool = True) -> Any:
 def forget(module: nn.Module) -> None:
     """Make the biases of a model, or of one attention, anew at the next call.
 
-    Needed only after weights were written through `.data`, which torch does not count as a change.
+    Needed only after weights were written through `.data` or numpy, or by a fused optimizer whose step is compiled,
+    which torch does not count as changes; and not when `train` or `eval` is called anyway.
     """
     for part in module.modules():
         if isinstance(scale := getattr(part, "logit_scale", None), Tensor):

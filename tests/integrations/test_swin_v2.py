@@ -215,6 +215,10 @@ def test_table_is_made_once_until_the_weights_change(swin_v2, stock, make_model,
     model.layers[0].blocks[0].attn.cpb_mlp[2].weight.data.mul_(2)
     swin_v2.forget(model)
     assert_fresh(4)
+    blocks = [block.attn for stage in model.layers for block in stage.blocks]
+    blocks[2].cpb_mlp[2].weight.grad = torch.ones_like(blocks[2].cpb_mlp[2].weight)
+    torch.optim.AdamW(blocks[2].parameters(), lr=0.1, fused=True).step()
+    assert_fresh(1)
     if hasattr(model, "set_input_size"):  # timm's, newer than 1.0.3
         model.set_input_size((64, 64), window_size=8)
         image = torch.randn(1, 1, 64, 64, device=DEVICE)

@@ -53,6 +53,7 @@ class Tiles:
 
     columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
     badly over many warps: 64 columns can need fewer registers than 16.
+    registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
     """
 
     block_m: int
@@ -60,46 +61,55 @@ class Tiles:
     num_warps: int
     num_stages: int
     columns: int = 16
+    registers: int = 0
 
     def options(self) -> dict[str, Any]:
         """As a launch takes them."""
-        return {
+        options = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # said outright, since triton's default is to change
         }
+        # Another version of the compiler, which needs more, would spill them.
+        capped = self.registers and _triton_version() == (3, 6)
+        return options | {"maxnreg": self.registers} if capped else options
 
 
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
-    `constants` are those of the kernel, and PAIRS (a dense bias or a boolean mask) and LONG (1,024 keys or more).
+    `constants` are those of the kernel, and what else there is: LONG, 1,024 keys or more; DENSE, a dense bias; ALLOWED,
+    a boolean mask; SLOPES; BARE, no mask but of lengths and no slopes.
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
     return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
 
 
-# A kernel's tile of queries by keys / warps / stages, and / columns if that is not 16, at head dims up to 32, 64, 128
-# and 256. A second word makes a row that of some calls: many factor columns ("rank"; `select` says how many), else a
-# dense bias or a boolean mask ("pairs"), else 1,024 keys or more ("long"). For Hopper, 16 bits: the fastest on an
-# H200, or where they spill registers, neighbours that do not. For the others nothing was measured: they are chosen to
-# compile within the shared memory and, but for what tests/core/test_compile.py names, without spills.
+# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers, at head dims up to
+# 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the traits in `select`.
+# For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the others nothing was
+# measured: they are chosen to compile within the shared memory and, but for what tests/core/test_compile.py names,
+# without spills.
 TILES = {
     "hopper": {
-        "forward":       "64x64/4/3   128x64/8/3  64x64/4/3  64x32/8/2",
-        "forward long":  "64x128/4/3  128x64/8/3  64x64/4/3  64x32/8/2",
-        "forward pairs": "64x64/4/3   64x64/4/3   64x32/8/2  64x32/8/2",
+        "forward":           "64x64/4/3          128x64/8/3  128x64/8/3  64x32/8/2",
+        "forward bare":      "64x64/4/3/16/96    128x64/8/3  128x64/8/3  64x32/8/2",
+        "forward bare long": "64x128/4/3/16/168  128x64/8/3  128x64/8/3  64x32/8/2",
+        "forward long":      "64x128/4/3         128x64/8/3  128x64/8/3  64x32/8/2",
+        "forward slopes":    "64x64/4/3          128x64/8/3  128x64/8/3  64x32/8/2",
+        "forward dense":     "64x64/4/3/16/96    64x64/4/3   64x32/8/2   64x32/8/2",
+        "forward pairs":     "64x64/4/3          64x64/4/3   64x32/8/2   64x32/8/2",
         "forward rank":  "128x64/8/3  128x64/8/3  64x32/4/2  64x32/8/2",
         "queries":       "64x64/4/3   64x64/4/3   64x64/8/2  32x32/8/1",
-        "queries pairs": "64x64/4/2   64x64/4/2   64x32/8/2  32x32/8/1",
+        "queries pairs": "64x64/4/3   64x64/4/2   64x32/8/2  32x32/8/1",
         "queries rank":  "64x64/8/2   64x32/8/2   64x32/8/2  16x16/4/1/64",
         "keys":          "32x128/4/3  32x128/8/3  32x64/8/2  32x32/8/1",
         "keys pairs":    "32x128/4/3  32x128/8/3  32x64/8/2  16x16/4/1",
         "keys rank":     "32x128/8/3  32x64/8/2   32x32/8/1  16x16/4/1/64",
-        "values":        "128x64/8/2  128x64/8/2  64x64/8/2  16x16/4/1",
+        "values":        "64x64/4/3   128x64/8/2  64x64/8/2  16x16/4/1",
     },
     "blackwell": {
         "forward":      "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
@@ -115,6 +125,13 @@ TILES = {
         "keys":         "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
         "values":       "32x32/4/2     32x32/4/2     32x32/4/2     16x16/4/1",
     },
+    "hopper fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
+        "forward":      "16x32/4/1     32x16/4/1     16x16/4/1     16x16/4/1",
+        "forward rank": "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",
+        "queries":      "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "keys":         "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "values":       "32x32/4/1     16x16/4/1     16x16/4/1     16x16/4/1",
+    },
     "fp32": {
         "forward": "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",
         "queries": "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
@@ -127,14 +144,19 @@ TILES = {
 def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Mapping[str, Any]) -> Tiles:
     """The tiles for a kernel's constants and `itemsize` bytes an element on a device of that compute capability."""
     family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
-    rows = TILES["fp32" if itemsize == 4 else family]
+    rows = TILES[family] if itemsize < 4 else TILES.get(f"{family} fp32", TILES["fp32"])
     width, rank = max(constants["WIDTH"], constants["WIDTH_V"]), constants["RANK"]
-    trait = "long" if constants["LONG"] else ""
-    if rank > (32 if width <= 128 and itemsize == 2 else 0):
-        trait = "rank"
-    elif constants["PAIRS"]:
-        trait = "pairs"
-    row = rows.get(f"{kind} {trait}", rows[kind]).split()
+    traits = {
+        "rank": rank > (32 if width <= 128 else 0),
+        "dense": constants["DENSE"] and constants["BARE"] and rank == 0,
+        "pairs": constants["DENSE"] or constants["ALLOWED"],
+        "slopes": constants["SLOPES"],
+        "bare long": constants["BARE"] and constants["LONG"],
+        "long": constants["LONG"],
+        "bare": constants["BARE"],
+    }
+    names = [f"{kind} {trait}" for trait, given in traits.items() if given]
+    row = next((rows[name] for name in names if name in rows), rows[kind]).split()
     if rank > 128:  # several chunks of columns need as much shared memory as a wide head
         width = max(width, 128)
     return _parse(row[max(0, width.bit_length() - 6)])
@@ -145,17 +167,33 @@ def _parse(text: str) -> Tiles:
     return Tiles(*map(int, text.replace("x", "/").split("/")))
 
 
-def precision(dtype: torch.dtype, width: int) -> str:
-    """How products of fp32 are formed: by three of tf32, or on ordinary units where many features add up."""
+def precision(dtype: torch.dtype, width: int, device: torch.device) -> str:
+    """How products of fp32 are formed.
+
+    Six of bf16 are more accurate than ordinary units, three of tf32 less, and for many features not enough.
+    """
+    if has_bf16x6(device):
+        return "bf16x6"
     return "ieee" if dtype == torch.float32 and width > 128 else "tf32x3"
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+@cache
+def has_bf16x6(device: torch.device) -> bool:
+    """Whether a product of fp32 can be formed by six of bf16: in triton since 3.6, not in its interpreter."""
+    return device.type == "cuda" and _triton_version() >= (3, 6)
 
 
 @cache
 def has_descriptors(device: torch.device) -> bool:
     """Whether tiles can be read by tensor descriptors there: by hardware since sm_90, in triton since 3.4."""
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    if _triton_version() < (3, 4):
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 

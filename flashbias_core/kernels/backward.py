@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 
 from .terms import (
-    LOG2_E,
-    add_pointwise,
+    add_distances,
+    add_matrix,
     diagonal,
     distances,
+    dot_features,
+    exponential,
     first_key_beyond,
     key_range,
     load_chunk,
+    load_matrix,
     load_rows,
     mask_scores,
     products,
@@ -58,7 +61,7 @@ def probabilities(b_s, b_lse, b_low, unit, EXACT: tl.constexpr):
     b_s = b_s - b_lse
     if EXACT:
         b_s -= b_low
-    return tl.exp2(b_s * (unit * LOG2_E))
+    return exponential(b_s, unit, EXACT)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -113,16 +116,20 @@ def queries_kernel(
                 b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
                 m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
             )  # fmt: skip
-            b_s = add_pointwise(
-                b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                SYMMETRIC, True, phase == 1, True,
+            b_s = add_distances(
+                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                BLOCK_M, BLOCK_N, SYMMETRIC, True,
             )  # fmt: skip
+            b_matrix = load_matrix(
+                terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, phase == 1, True
+            )
+            b_s = add_matrix(b_s, b_matrix, unit)
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
             )
-            b_p = probabilities(b_s, b_lse[:, None], 0.0, unit, False)
+            b_p = probabilities(b_s, b_lse[:, None], 0.0, unit, EXACT)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
-            b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]
+            b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if EXCESS:
                 b_excess += tl.sum(b_ds, 1)
@@ -131,7 +138,9 @@ def queries_kernel(
             if EXACT:
                 b_total += tl.sum(b_p, 1)
             if d_slopes is not None:
-                b_distance = distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, True)
+                b_distance = distances(
+                    terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, True
+                )
                 b_d_slopes += tl.sum(b_ds * b_distance, 1)
                 b_mean_distance += tl.sum(b_p * b_distance, 1)
             if d_query is not None:
@@ -230,10 +239,14 @@ def keys_kernel(
                     m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
                 )  # fmt: skip
                 b_s = tl.trans(b_s)
-            b_s = add_pointwise(
-                b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                SYMMETRIC, True, phase == 0, False,
+            b_s = add_distances(
+                b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                BLOCK_M, BLOCK_N, SYMMETRIC, False,
             )  # fmt: skip
+            b_matrix = load_matrix(
+                terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, phase == 0, False
+            )
+            b_s = add_matrix(b_s, b_matrix, unit)
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
             )
@@ -245,9 +258,9 @@ def keys_kernel(
                     b_p.to(b_d_out.dtype), b_d_out, b_d_value, input_precision=PRECISION
                 )  # [N, M] @ [M, Cv]
             if low is None:
-                b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)  # [N, Cv] @ [Cv, M]
+                b_dp = dot_features(b_v, b_d_out, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             else:
-                b_dp = tl.trans(tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION))
+                b_dp = tl.trans(dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION))
             b_ds = b_p * (b_dp - b_delta[None, :])
             if d_lse is not None:
                 b_ds += b_p * tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)[None, :]
@@ -302,6 +315,12 @@ def values_kernel(
     n_first = i_n * BLOCK_N
     o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
     b_d_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # All members have the same tile of the bias.
+    m_first = 0 if ONE_ROW else i_m * BLOCK_M
+    b_matrix = load_matrix(
+        terms, tiles, (b_own // n_own_inner).to(tl.int64), (b_own % n_own_inner).to(tl.int64), h_own.to(tl.int64),
+        (m_first + tl.arange(0, BLOCK_M))[:, None], o_n, m_first, n_first, n_q, n_k, True, True,
+    )  # fmt: skip
 
     for i_member in tl.range(first, last):
         if ONE_ROW:
@@ -327,10 +346,11 @@ def values_kernel(
             b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
             m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
         )  # fmt: skip
-        b_s = add_pointwise(
-            b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
-            SYMMETRIC, True, True, True,
+        b_s = add_distances(
+            b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
+            BLOCK_M, BLOCK_N, SYMMETRIC, True,
         )  # fmt: skip
+        b_s = add_matrix(b_s, b_matrix, unit)
         b_s = mask_scores(
             b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True
         )
@@ -338,7 +358,7 @@ def values_kernel(
         b_p = probabilities(b_s, b_lse[:, None], b_low[:, None], unit, low is not None)
         b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
         b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
-        b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)  # [M, Cv] @ [Cv, N]
+        b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         b_d_values += b_p * (b_dp - b_delta[:, None])
         if d_lse is not None:
             b_d_values += b_p * tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)[:, None]

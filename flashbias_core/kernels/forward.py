@@ -7,15 +7,20 @@ import triton.language as tl
 
 from .terms import (
     LOG2_E,
-    add_pointwise,
+    add_distances,
+    add_matrix,
+    add_scaled,
     diagonal,
+    exponential,
     key_range,
     load_chunk,
     load_item,
+    load_matrix,
     load_rows,
     mask_scores,
     products,
     program,
+    steps,
 )
 
 
@@ -34,8 +39,14 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
-    # By default the distance to the tile's first row will do for softmax. Given positions may lie far apart.
-    ROWS: tl.constexpr = SYMMETRIC or terms.q_positions is not None
+    # Softmax does not see what is constant along a row: where nothing but the keys' order counts, distances are those
+    # to the tile's first row, and the part that a tile's entries have in common is not added to each of them.
+    EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
+    FAR: tl.constexpr = terms.slopes is not None and terms.q_positions is None and not SYMMETRIC
+    slope = 0.0
+    ahead = 0.0
+    if FAR:
+        slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
 
     b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
     b_q_columns = b_q
@@ -47,44 +58,55 @@ def forward_kernel(
     to_log2 = unit * LOG2_E
 
     for phase in tl.static_range(2):
-        for n_first in tl.range(whole if phase == 1 else 0, end if phase == 1 else whole, BLOCK_N):
-            o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
-            b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
-            b_s = products(
-                b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
-                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
-            )  # fmt: skip
-            b_s = add_pointwise(
-                b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-                SYMMETRIC, ROWS, phase == 1, True,
-            )  # fmt: skip
-            b_s = mask_scores(
-                b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
-            )
+        first = whole if phase == 1 else 0
+        last = end if phase == 1 else whole
+        if first < last:  # a loop that is not entered would have started to load
+            for n_first in tl.range(first, last, BLOCK_N):
+                o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
+                b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
+                b_s = products(
+                    b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
+                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
+                )  # fmt: skip
+                if FAR:
+                    b_s = add_scaled(b_s, slope, steps(BLOCK_N, True))
+                    ahead = slope * (n_first - m_first - offset).to(tl.float32)
+                else:
+                    b_s = add_distances(
+                        b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+                        BLOCK_M, BLOCK_N, SYMMETRIC, True,
+                    )  # fmt: skip
+                b_matrix = load_matrix(
+                    terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, phase == 1, True
+                )
+                b_s = add_matrix(b_s, b_matrix, unit)
+                b_s = mask_scores(
+                    b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
+                )
 
-            b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-            if v.ptr.dtype.element_ty == tl.float32:
-                b_p = tl.exp2((b_s - b_shift[:, None]) * to_log2)
-            else:  # one instruction less, and an error of the last bit of the maximum
-                b_p = tl.exp2(b_s * to_log2 - (b_shift * to_log2)[:, None])
-            # Exactly 1 while the maximum stays: anything else would be raised to the number of tiles.
-            b_rescale = tl.exp2((b_max - b_shift) * to_log2)
-            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-            b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
-            if v.ptr.dtype.element_ty == tl.float32:
-                # Added outside of the product: tensor cores truncate what they accumulate, over many tiles too much.
-                b_pv = tl.dot(b_p, b_v, input_precision=PRECISION)  # [M, N] @ [N, Cv]
-                b_out = tl.fma(b_out, b_rescale[:, None].broadcast_to(BLOCK_M, WIDTH_V), b_pv)
-            else:
-                b_out = b_out * b_rescale[:, None]
-                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)  # [M, N] @ [N, Cv]
-            b_max = b_new
+                b_new = tl.maximum(b_max, tl.max(b_s, 1) + ahead)
+                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                # Exactly 1 while the maximum stays: anything else would be raised to the number of tiles.
+                b_rescale = exponential(b_max - b_shift, unit, EXACT)
+                b_shift -= ahead
+                if EXACT:
+                    b_p = exponential(b_s - b_shift[:, None], unit, True)
+                else:  # one instruction less, and an error of the last bit of the maximum
+                    b_p = tl.exp2(b_s * to_log2 - (b_shift * to_log2)[:, None])
+                b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+                b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
+                if EXACT:
+                    # Added outside of the product: tensor cores truncate what they accumulate, too much in the end.
+                    b_pv = tl.dot(b_p, b_v, input_precision=PRECISION)  # [M, N] @ [N, Cv]
+                    b_out = tl.fma(b_out, b_rescale[:, None].broadcast_to(BLOCK_M, WIDTH_V), b_pv)
+                else:
+                    b_out = b_out * b_rescale[:, None]
+                    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)  # [M, N] @ [N, Cv]
+                b_max = b_new
 
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max * unit + tl.log(b_sum))
-    if terms.slopes is not None and not ROWS:
-        # The scores were relative to the first row; the LSE is that of the true bias.
-        b_lse -= load_item(terms.slopes, i_o, i_i, i_h) * tl.arange(0, BLOCK_M)
+    if FAR:  # the LSE is that of the true bias
+        b_lse -= slope * unit * tl.arange(0, BLOCK_M)
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
 
     o_row = m_first + tl.arange(0, BLOCK_M)

@@ -41,8 +41,15 @@ class Call:
 
     def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
         """The tiles of a kernel for this call."""
-        pairs = self.sizes["terms"].matrix is not None or self.sizes["masks"].allowed is not None
-        traits = {"PAIRS": pairs, "LONG": self.sizes["n_k"] >= 1024}
+        terms, masks = self.sizes["terms"], self.sizes["masks"]
+        traits = {
+            "LONG": self.sizes["n_k"] >= 1024,
+            "DENSE": terms.matrix is not None,
+            "ALLOWED": masks.allowed is not None,
+            "SLOPES": terms.slopes is not None,
+        }
+        masked = self.constants["CAUSAL"] or traits["ALLOWED"] or masks.q_ids is not None
+        traits["BARE"] = not (masked or traits["SLOPES"])
         return plan.tiles(kind, query.device, query.dtype, self.constants | traits)
 
     def descriptor(self, tiles: plan.Tiles) -> Any:
@@ -87,8 +94,7 @@ def prepare(
         block(o.slopes, row=False, column=False),
         block(_positions(o.q_positions), **per_position),
         block(_positions(o.k_positions), **per_position),
-        block(values),
-        _plane_size(planes),
+        block(values) if planes is None else _count_planes(layout.block(values), planes),
     )
     masks = Masks(
         block(o.offsets, **per_batch),
@@ -105,7 +111,7 @@ def prepare(
     constants = {
         "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
         "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
-        "SYMMETRIC": o.symmetric, "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v))),
+        "SYMMETRIC": o.symmetric, "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), query.device),
     }  # fmt: skip
     return Call(layout, layout.block(query), layout.block(key), layout.block(value), planes, sizes, constants)
 
@@ -283,11 +289,10 @@ def _planes(values: Tensor | None) -> Tensor | None:
     return planes if in_place else None
 
 
-def _plane_size(planes: Tensor | None) -> int | None:
-    """Elements between the starts of neighbouring planes."""
-    if planes is None:
-        return None
-    return planes.stride(0) if len(planes) > 1 else planes[0].numel()
+def _count_planes(values: Block, planes: Tensor) -> Block:
+    """The block of values with strides in planes; rows and columns are the descriptor's."""
+    outer, inner, head, _ = (stride // max(planes.stride(0), 1) for stride in values.stride)
+    return Block(values.ptr, (outer, inner, head, 0))
 
 
 def _on(query: Tensor) -> AbstractContextManager[Any]:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # what fp32 leaves of it
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Block(NamedTuple):
@@ -30,8 +32,8 @@ class Block(NamedTuple):
 class Terms(NamedTuple):
     """The terms of the bias, None where there is none. Factor columns may be over `unit`.
 
-    A matrix is read through a tensor descriptor where `plane`, the elements between one head's values and the next,
-    is given, and by pointers elsewhere.
+    A matrix is read by pointers, or, where a tensor descriptor sees it as a stack of planes, through that; its strides
+    then count planes.
     """
 
     q_columns: Block | None
@@ -40,7 +42,6 @@ class Terms(NamedTuple):
     q_positions: Block | None
     k_positions: Block | None
     matrix: Block | None
-    plane: int | None
 
 
 class Masks(NamedTuple):
@@ -89,6 +90,20 @@ def load_chunk(x, i_chunk, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, CH
 
 
 @triton.jit
+def dot_features(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """`sum + left @ right^T` over features, `[L, C]` and `[R, C]`."""
+    PARTS: tl.constexpr = b_left.shape[1] // 64 if PRECISION == "ieee" else 1
+    if PARTS > 1:
+        # One long chain of additions is less accurate than several short ones.
+        b_left = b_left.reshape(b_left.shape[0], PARTS, 64).permute(1, 0, 2)
+        b_right = b_right.reshape(b_right.shape[0], PARTS, 64).permute(1, 2, 0)
+        b_sum += tl.sum(tl.dot(b_left, b_right, input_precision=PRECISION), 0)
+    else:
+        b_sum = tl.dot(b_left, tl.trans(b_right), b_sum, input_precision=PRECISION)  # [L, C] @ [C, R]
+    return b_sum
+
+
+@triton.jit
 def products(
     b_left, b_right, b_left_columns, left_columns, right_columns, i_o, i_i, i_h,
     left_first, right_first, n_left, n_right, unit,
@@ -103,7 +118,7 @@ def products(
     b_s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
     if FOLDED:
         # First, since the bias over a small unit is large, and each later addition would be rounded to its size.
-        b_s = tl.dot(b_left, tl.trans(b_right), b_s, input_precision=PRECISION)  # [L, C] @ [C, R']
+        b_s = dot_features(b_left, b_right, b_s, PRECISION)
     if RANK > 0:
         for i_chunk in tl.static_range(0, RANK // CHUNK):
             if RANK > CHUNK:
@@ -113,18 +128,23 @@ def products(
             b_columns = load_chunk(
                 right_columns, i_chunk, i_o, i_i, i_h, right_first, n_right, BLOCK_RIGHT, CHUNK, CHECK
             )
-            b_s = tl.dot(b_left_columns, tl.trans(b_columns), b_s, input_precision=PRECISION)  # [L, R] @ [R, R']
+            b_s = dot_features(b_left_columns, b_columns, b_s, PRECISION)
     if not FOLDED:
-        b_s = tl.dot(b_left, tl.trans(b_right), b_s * (1 / unit), input_precision=PRECISION)  # [L, C] @ [C, R']
+        b_s = dot_features(b_left, b_right, b_s * (1 / unit), PRECISION)
     return b_s
 
 
 @triton.jit
 def program(n_tiles, n_inner, n_heads, group):
     """Tile, flat batch-head, outer, inner, head and key head of a program of a grid over (batch, head, tile)."""
-    i_bh = (tl.program_id(0) // n_tiles).to(tl.int64)
+    # Divided in 32 bits, which takes a fifth of the time; as offsets they need 64.
+    i_bh = tl.program_id(0) // n_tiles
     i_h, i_b = i_bh % n_heads, i_bh // n_heads
-    return tl.program_id(0) % n_tiles, i_bh, i_b // n_inner, i_b % n_inner, i_h, i_h // group
+    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    return (
+        tl.program_id(0) % n_tiles, i_bh.to(tl.int64), i_o.to(tl.int64), i_i.to(tl.int64), i_h.to(tl.int64),
+        i_kv.to(tl.int64),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -174,16 +194,39 @@ def key_range(
 
 
 @triton.jit
-def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr):
+def exponential(b_x, unit, EXACT: tl.constexpr):
+    """`exp(unit * x)`; where EXACT, with what the exponent lost by rounding, which grows with its size."""
+    to_log2 = unit * LOG2_E
+    b_y = b_x * to_log2
+    b_p = tl.exp2(b_y)
+    if EXACT:
+        rest = tl.fma(unit, LOG2_E, -to_log2) + unit * LOG2_E_REST
+        b_lost = tl.fma(b_x, tl.zeros_like(b_x) + to_log2, -b_y) + b_x * rest
+        b_p = tl.where(b_p > 0.0, b_p + b_p * (b_lost * LN_2), b_p)
+    return b_p
+
+
+@triton.jit
+def steps(BLOCK: tl.constexpr, ALONG_COLUMNS: tl.constexpr):
+    """0, 1, ... in fp32: `[1, BLOCK]`, or `[BLOCK, 1]`."""
+    b_steps = tl.arange(0, BLOCK).to(tl.float32)
+    return b_steps[None, :] if ALONG_COLUMNS else b_steps[:, None]
+
+
+@triton.jit
+def distances(
+    terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_k, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, STANDING: tl.constexpr,
+):  # fmt: skip
     """`p_j - p_i` in fp32, or `-|p_j - p_i|`.
 
-    Positions are taken relative to that of query `m_first` while they are still integers: small differences of large
-    numbers stay exact. Without ROWS, relative to that query instead of each row's own: softmax does not see it, where
-    the distance keeps its sign.
+    Positions are taken relative to those of the tile while they are still integers: small differences of large
+    numbers stay exact.
     """
     if terms.q_positions is None:
-        b_n = (o_n - (m_first + offset)).to(tl.float32)
-        b_m = (o_m - m_first).to(tl.float32)
+        # What does not change from tile to tile is converted once, outside of the loop.
+        b_n = steps(BLOCK_N, STANDING) + (n_first - m_first - offset).to(tl.float32)
+        b_m = steps(BLOCK_M, not STANDING)
     else:
         b_n = load_vector(terms.k_positions, i_o, i_i, o_n, n_k, 0)
         b_m = load_vector(terms.q_positions, i_o, i_i, o_m, n_q, 0)
@@ -192,12 +235,8 @@ def distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_k, offset, SYMMETRIC: t
         if INTEGER_N or INTEGER_M:
             first = load_vector(terms.q_positions, i_o, i_i, m_first, n_q, 0)
             b_n, b_m = (b_n - first).to(tl.float32), (b_m - first).to(tl.float32)
-    b_distance = b_n
-    if ROWS:
-        b_distance = b_n - b_m
-        if SYMMETRIC:
-            b_distance = -tl.abs(b_distance)
-    return b_distance
+    b_distance = b_n - b_m
+    return -tl.abs(b_distance) if SYMMETRIC else b_distance
 
 
 @triton.jit
@@ -245,24 +284,52 @@ def mask_scores(
 
 
 @triton.jit
-def add_pointwise(
-    b_s, terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
-    SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr, STANDING: tl.constexpr,
-):  # fmt: skip
-    """Scores with the terms that are added entry by entry: slopes times distances, and a matrix.
+def add_scaled(b_s, factor, b_x):
+    """`s + factor * x`, for an x that broadcasts.
 
-    STANDING: the tile is one of queries by keys, not on its side.
+    Written as a sum, x would become the accumulator of the product that s is: computed before it, and, if it is
+    loaded, loaded only then.
     """
+    return tl.fma(tl.full(b_s.shape, factor, tl.float32), tl.broadcast_to(b_x, b_s.shape), b_s)
+
+
+@triton.jit
+def add_distances(
+    b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, STANDING: tl.constexpr,
+):  # fmt: skip
+    """Scores with slopes times distances."""
     if terms.slopes is not None:
         slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
-        b_s += slope * distances(terms, i_o, i_i, o_m, o_n, m_first, n_q, n_keys, offset, SYMMETRIC, ROWS)
+        b_distance = distances(
+            terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, STANDING
+        )
+        b_s = add_scaled(b_s, slope, b_distance)
+    return b_s
+
+
+@triton.jit
+def load_matrix(
+    terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK: tl.constexpr, STANDING: tl.constexpr
+):
+    """A tile of the dense bias, or None. STANDING: queries by keys, not on its side."""
     if tiles is not None:
         stride = terms.matrix.stride
-        i_plane = (i_o * stride[0] + i_i * stride[1] + i_h * stride[2]) // terms.plane
+        i_plane = i_o * stride[0] + i_i * stride[1] + i_h * stride[2]
         b_matrix = tiles.load([i_plane.to(tl.int32), m_first, n_first])
-        b_matrix = b_matrix.reshape(tiles.block_shape[1], tiles.block_shape[2]).to(tl.float32)
-        b_s += (b_matrix if STANDING else tl.trans(b_matrix)) * (1 / unit)
+        b_matrix = b_matrix.reshape(tiles.block_shape[1], tiles.block_shape[2])
+        if not STANDING:
+            b_matrix = tl.trans(b_matrix)
     elif terms.matrix is not None:
         b_matrix = load_pairs(terms.matrix, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, CHECK, 0.0)
-        b_s += b_matrix.to(tl.float32) * (1 / unit)
+    else:
+        b_matrix = None
+    return b_matrix
+
+
+@triton.jit
+def add_matrix(b_s, b_matrix, unit):
+    """Scores with a tile of the dense bias, if there is one."""
+    if b_matrix is not None:
+        b_s = add_scaled(b_s, 1 / unit, b_matrix.to(tl.float32))
     return b_s

@@ -10,7 +10,7 @@ import torch
 def choose(device: str) -> None:
     """Make it the current one."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
 
 
 def start_triton(device: str) -> None:

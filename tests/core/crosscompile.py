@@ -64,7 +64,13 @@ class Recorder:
         return self._compile
 
     def _compile(
-        self, *args: Any, num_warps: int = 4, num_stages: int = 2, enable_fp_fusion: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 2,
+        enable_fp_fusion: bool = True,
+        maxnreg: int | None = None,
+        **kwargs: Any,
     ) -> None:
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         constants: dict = {}
@@ -80,6 +86,7 @@ class Recorder:
                 signature[parameter.name] = describe(value, (i,), specialize, constants, attributes)
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+        options |= {"maxnreg": maxnreg} if maxnreg else {}
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         registers, spills = resources(compiled.asm["cubin"], compiled.asm["ptx"])
         self.reports.append(
@@ -111,7 +118,8 @@ def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Reports of all kernels that `run()` would launch on a device of that architecture."""
     reports: list[dict[str, Any]] = []
     kept = {name: getattr(launch, name) for name in KERNELS}
-    kept_tiles, kept_backend, kept_descriptors = plan.tiles, plan.backend, plan.has_descriptors
+    kept_tiles, kept_backend = plan.tiles, plan.backend
+    kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6
 
     def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
         return plan.select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
@@ -120,12 +128,14 @@ def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
         setattr(launch, name, Recorder(kernel, arch, reports))
     plan.tiles, plan.backend = tiles, lambda device: "triton"
     plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
+    plan.has_bf16x6 = lambda device: kept_bf16x6(torch.device("cuda"))
     try:
         run()
     finally:
         for name, kernel in kept.items():
             setattr(launch, name, kernel)
-        plan.tiles, plan.backend, plan.has_descriptors = kept_tiles, kept_backend, kept_descriptors
+        plan.tiles, plan.backend = kept_tiles, kept_backend
+        plan.has_descriptors, plan.has_bf16x6 = kept_descriptors, kept_bf16x6
     return reports
 
 

@@ -442,10 +442,10 @@ def test_groups_on_a_gpu(name):
         for peer in ("flashbias", "flashbias-deterministic"):
             assert rows[peer].status == "ok", rows[peer].reason
             assert rows[peer].accurate, rows[peer].reason
-            assert rows[peer].timed_by == "graph", "small sizes are short"
             assert rows[peer].host_us > 0
         assert all(row.device and row.driver and row.cudnn for row in rows.values())
         assert rows["flashbias"].tax > 0
+        assert len({row.timed_by for row in rows.values() if row.status == "ok"}) == 1, "times that can be compared"
 
 
 @pytest.mark.gpu

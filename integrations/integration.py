@@ -149,7 +149,7 @@ class Replacement:
         _note_call(self.name)
         if torch.compiler.is_compiling():
             return self.forward(module, *args, **kwargs)
-        if verify.enabled():
+        if verify.wanted(module):
             return verify.compare(module, getattr(module, self.original), self._run, args, kwargs)
         return self._run(module, *args, **kwargs)
 

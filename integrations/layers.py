@@ -19,6 +19,9 @@ class Rows(Generic[T]):
         self._of_module: WeakKeyDictionary[Module, T] = WeakKeyDictionary()
         self.rows: list[T] = []  # outlive their modules
 
+    def __contains__(self, module: Module) -> bool:
+        return module in self._of_module
+
     def of(self, module: Module, make: Callable[[str], T]) -> T:
         """The module's row; at its first call `make(name)`."""
         row = self._of_module.get(module)

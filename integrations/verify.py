@@ -1,5 +1,7 @@
 """`FLASHBIAS_VERIFY=1`: in eager mode, every covered call runs twice, and the difference is reported per layer.
 
+`FLASHBIAS_VERIFY=first`: only the first call of each layer, so that a long run takes hardly longer.
+
 The replacement's result is what the model gets. The table goes to stderr when the process ends;
 `differences()` returns it at any time. Forward only.
 """
@@ -18,7 +20,7 @@ from .layers import Rows, print_table
 
 @dataclass
 class Difference:
-    """Largest difference between replacement and original over all calls of one layer.
+    """Largest difference between replacement and original over all compared calls of one layer.
 
     `layer` is the module's name within the model that was called; called by itself, its class and its number in the
     order of first calls. `largest` is the largest entry of the original's output, to compare `difference` with. A NaN
@@ -33,9 +35,10 @@ class Difference:
     largest: float = 0.0
 
 
-def enabled() -> bool:
-    """Whether `FLASHBIAS_VERIFY` is set (to anything but `0` and the empty string)."""
-    return os.environ.get("FLASHBIAS_VERIFY", "0") not in ("", "0")
+def wanted(module: torch.nn.Module) -> bool:
+    """Whether this call of a layer is to be compared."""
+    mode = os.environ.get("FLASHBIAS_VERIFY", "0")
+    return mode not in ("", "0") and (mode != "first" or module not in _differences)
 
 
 def differences() -> list[Difference]:

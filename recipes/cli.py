@@ -95,9 +95,9 @@ def bench(
 def run(
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python file; with -m, a module.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS...", help="Left to the script.")] = None,
-    patch: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Integrations to apply.")] = "",
+    patch: Annotated[list[str] | None, typer.Option(metavar="NAME[,NAME...]", help="Integrations to apply.")] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as for `python -m`.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare each patched layer with the host's code.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare each layer's first call with the host's.")] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print the time in each patched layer at the end.")
     ] = False,
@@ -111,10 +111,12 @@ def run(
     if script == "-m" and arguments:  # behind --
         module, script = True, arguments.pop(0)
     program = Program(script, tuple(arguments or ()), module).check()
-    for wanted, variable in ((verify, "FLASHBIAS_VERIFY"), (profile, "FLASHBIAS_PROFILE")):
-        if wanted:
-            os.environ[variable] = "1"  # processes that the script starts see it too
-    switch_on([name.strip() for name in patch.split(",") if name.strip()])
+    # In the environment, so that processes that the script starts see it too.
+    if verify:
+        os.environ["FLASHBIAS_VERIFY"] = "first"
+    if profile:
+        os.environ["FLASHBIAS_PROFILE"] = "1"
+    switch_on([name.strip() for name in ",".join(patch or []).split(",") if name.strip()])
     raise Launch(program)
 
 

@@ -63,13 +63,15 @@ class Program:
     def check(self) -> Program:
         """Raise `RunError` where there is no such script. Whether there is a module is seen when it is started."""
         if not self.is_module and not os.path.exists(self.target):
-            raise RunError(f"no file {self.target}", "a script, or -m and a module", "check the path")
+            raise RunError(f"no file {self.target}", "a script, or -m and a module", "name it without python")
         return self
 
     def start(self) -> None:
         """Run it in a fresh `__main__`, which stays there for those who look it up when the script has ended."""
         main = sys.modules["__main__"] = ModuleType("__main__")
         vars(main).update(__builtins__=builtins, __loader__=None)
+        if sys.version_info < (3, 14):  # later ones make it when it is asked for
+            vars(main).update(__annotations__={})
         sys.argv = [self.target, *self.arguments]
         # What `python -m` calls: the same errors, the same frames. A type checker does not know it, for its underscore.
         run_as_main: Any = runpy._run_module_as_main  # type: ignore[attr-defined]
@@ -164,13 +166,13 @@ def _report(names: Sequence[str]) -> None:
         print(f"flashbias: worst difference {entry}", file=sys.stderr)
     for name in names:
         integration = sys.modules[available()[name]].INTEGRATION
+        if was_called(name):
+            continue
         if disabled():
             reason = "was not applied: FLASHBIAS_DISABLE is set"
         elif not integration.is_applied():
             hosts = (f"{host.module}: {host.reason or 'never imported'}" for host in integration.status())
             reason = f"was not applied. {'; '.join(hosts)}"
-        elif not was_called(name):
-            reason = "was applied, but nothing that it replaces was called in this process"
         else:
-            continue
+            reason = "was applied, but nothing that it replaces was called in this process"
         print(f"flashbias: {name} {reason}", file=sys.stderr)

@@ -22,8 +22,8 @@ import os, pickle, sys
 class A:
     pass
 assert type(pickle.loads(pickle.dumps(A()))) is A
-names = ("__name__", "__doc__", "__file__", "__package__", "__spec__", "__cached__")
-print({name: str(globals()[name]) for name in names}, type(__builtins__), type(__loader__))
+names = ("__name__", "__doc__", "__file__", "__package__", "__spec__", "__cached__", "__annotations__")
+print({name: str(globals().get(name)) for name in names}, type(__builtins__), type(__loader__))
 print(sys.argv, sys.path[0], os.getcwd(), sys.modules["__main__"].__dict__ is globals(), __name__ == "__main__")
 import beside
 sys.stdout.write(beside.text)
@@ -145,7 +145,7 @@ def test_processes_have_the_patches_too(method, function, module, write, flashbi
     write(PROCESSES)
     ended = flashbias("run", "--verify", "--patch", "swin_v2", *target, method, function)
     name = "__main__" if method == "fork" else "__mp_main__"
-    assert (ended.code, ended.out) == (0, f"{(method, name, PATCHED, [method, function], '1')}\n"), ended.err
+    assert (ended.code, ended.out) == (0, f"{(method, name, PATCHED, [method, function], 'first')}\n"), ended.err
 
 
 MODEL = """
@@ -156,6 +156,7 @@ from timm.models.swin_transformer_v2 import WindowAttention
 attention = WindowAttention(8, (4, 4), 2).eval()
 with torch.inference_mode():
     print(attention(torch.randn(3, 16, 8)).shape)
+    attention(torch.randn(3, 16, 8))
 """
 
 
@@ -166,14 +167,31 @@ def test_patched_layers_are_compared_and_timed(write, flashbias):
     assert (ended.code, ended.out) == (0, "torch.Size([3, 16, 8])\n"), ended.err
     for expected in ("FLASHBIAS_VERIFY", "largest difference", "3 x 16 x 8", "FLASHBIAS_PROFILE"):
         assert expected in ended.err
+    tables = ended.err.split("FLASHBIAS_PROFILE")
+    compared, timed = map(re.search, (r"float32\W+(\d+) ", r"WindowAttention 0\W+(\d+) "), tables)
+    assert (compared[1], timed[1]) == ("1", "2"), "the first call is compared, all are timed"
     (line,) = (line for line in ended.err.splitlines() if line.startswith("flashbias: "))
     worst = re.match(r"flashbias: worst difference (\S+) beside entries of up to (\S+), in WindowAttention 0", line)
     assert 0 < float(worst[1]) < 1e-5 < float(worst[2])
 
 
+ON_TOP = """
+ours = WindowAttention.forward
+WindowAttention.forward = lambda self, x, mask=None: ours(self, x, mask)
+attention = """
+
+
+def test_script_that_patches_on_top_is_no_failure(write, flashbias):
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    ended = flashbias("run", "--patch", "swin_v2", "--", write(MODEL.replace("\nattention = ", ON_TOP)))
+    assert (ended.code, ended.out, ended.err) == (0, "torch.Size([3, 16, 8])\n", "")
+
+
 def test_unknown_name_is_refused(write, flashbias):
-    for names, found in (("swin_v2,swing", "--patch swing"), (",", "--patch nothing")):
-        ended = flashbias("run", "--patch", names, "--", write("print('started')"))
+    for names, found in ((("swin_v2,swing",), "--patch swing"), ((",",), "nothing"), (("swing", "swin_v2"), "swing")):
+        options = [argument for name in names for argument in ("--patch", name)]
+        ended = flashbias("run", *options, "--", write("print('started')"))
         assert (ended.code, ended.out) == (2, "")
         assert found in ended.err
         assert "wanted: swin_v2" in ended.err

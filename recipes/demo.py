@@ -38,14 +38,19 @@ class DemoError(FlashBiasError, RuntimeError):
 def run(epochs: int, seed: int, device: str, out: Path, base: bool | None = None) -> int:
     """Train, evaluate twice, show; returns the exit code, 0 if both evaluations agree.
 
-    `base`: measure SwinV2-B too; None: on a GPU. Raises `DemoError` where something that the demo needs is missing.
+    `base`: measure SwinV2-B too; None: on a GPU. Raises `DemoError` where something that the demo needs is missing,
+    `DeviceError` for a device that is not there.
     """
     from rich.console import Console
 
     from . import demo_picture
 
-    device = _choose(device)
-    out.mkdir(parents=True, exist_ok=True)
+    _check()
+    device = machine.choose_device(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {out}, {error.strerror}", "a folder that can be written", "choose another") from error
     chatter, console = Console(stderr=True), Console()
     started = time.perf_counter()
     with TemporaryDirectory() as folder:
@@ -104,23 +109,12 @@ def compare(stock: Measurement, patched: Measurement, labels: Tensor) -> dict[st
     }
 
 
-def _choose(device: str) -> str:
+def _check() -> None:
     if disabled():
         raise DemoError("FLASHBIAS_DISABLE is set", "a patch to compare with", "unset it")
     for name, extra in (("timm", "timm"), ("sklearn", "recipes"), ("matplotlib", "recipes")):
         if importlib.util.find_spec(name) is None:
-            raise DemoError(f"no {name}", f"the extra [{extra}]", f"pip install 'flashbias[{extra}]'")
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise DemoError(f"--device {device}", "cpu, cuda or cuda:N", "choose one of these") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DemoError(f"--device {device}, and torch sees no GPU", "a GPU", "use --device cpu")
-    return device
+            raise DemoError(f"no {name}", f"the extra [{extra}]", f"pip install '.[{extra}]' in the clone")
 
 
 def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -143,7 +137,7 @@ def _comparison(result: dict[str, Any]) -> Any:
     table = Table("", stock, patched, title=title)
     for label, key, form in (
         ("top-1", "top1", "{:.2%}"),
-        ("time for a pass", "seconds", "{:.4f} s"),
+        (f"fastest of {REPEATS} passes", "seconds", "{:.4f} s"),
         ("peak memory of a pass", "peak_mib", "{:.1f} MiB"),
     ):
         table.add_row(label, *(form.format(result[f"{key}_{who}"]) for who in ("stock", "patched")))

@@ -37,7 +37,7 @@ def draw_digits(path: Path, result: Mapping[str, Any], layers: Sequence[Layer]) 
         _maps(figure, rows[0].subgridspec(1, 4, wspace=0.25, width_ratios=(1, 1, 1, 0.95)), layers)
         lower = rows[1].subgridspec(1, 3, width_ratios=(1.5, 1, 1), wspace=0.3)
         _spectra(figure.add_subplot(lower[0]), layers)
-        _pair(figure.add_subplot(lower[1]), "time of a pass", "ms", result, "seconds", 1e3)
+        _pair(figure.add_subplot(lower[1]), "fastest pass", "ms", result, "seconds", 1e3)
         _pair(figure.add_subplot(lower[2]), "peak memory of a pass", "MiB", result, "peak_mib", 1)
         same = (
             f"largest difference of logits {result['largest_logit_difference']:.0e} (of {result['largest_logit']:.1f})"
@@ -160,7 +160,8 @@ def _spectra(axes: Axes, layers: Sequence[Layer]) -> None:
 def _pair(axes: Axes, title: str, unit: str, result: Mapping[str, Any], key: str, factor: float) -> None:
     stock, ours = (result[f"{key}_{who}"] * factor for who in ("stock", "patched"))
     bars = axes.bar(("timm", "flashbias"), (stock, ours), color=(STOCK, OURS), width=0.55)
-    axes.bar_label(bars, [f"{stock:.3g}", f"{ours:.3g} ({ours / stock:.0%})"], padding=2)
+    labels = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (stock, ours)]
+    axes.bar_label(bars, [labels[0], f"{labels[1]} ({ours / stock:.0%})"], padding=2)
     axes.set(title=f"{title}, {unit}", yticks=[], ylim=(0, 1.15 * max(stock, ours)))
     axes.spines["left"].set_visible(False)
 

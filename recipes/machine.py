@@ -13,6 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from flashbias import __version__
+from flashbias.errors import DeviceError
+
+
+def choose_device(wanted: str) -> str:
+    """`"cpu"`, `"cuda"` or `"cuda:N"`; of `"auto"` the first GPU, or `"cpu"` without one.
+
+    Raises `DeviceError` for another name and for a GPU that is not there.
+    """
+    there = len(gpus())
+    if wanted == "auto":
+        return "cuda" if there else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise DeviceError(f"--device {wanted}", "cpu, cuda or cuda:N", "choose one of these")
+    if wanted != "cpu" and _index(wanted) >= there:
+        raise DeviceError(f"--device {wanted}, and torch sees {there or 'no'} GPU", "a GPU", "use --device cpu")
+    return wanted
 
 
 def conditions(device: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ and memory that was freed would be seen by the other.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +23,7 @@ _work: Work | None = None  # of a process that measures
 
 @dataclass
 class Measurement:
-    """What the work returned, the median time of a call in seconds, the peak memory of a call in bytes.
+    """What the work returned, the time of the fastest call in seconds, the peak memory of a call in bytes.
 
     `held` are the bytes that were held already when the call began: the weights, and what is kept beside them.
     """
@@ -75,7 +74,7 @@ def side_by_side(
             for name, pool in list(pools.items()):
                 seconds[name] += collect({name: pool.submit(_time)}).values()
     return {
-        name: Measurement(result, statistics.median(seconds[name]), peak, held)
+        name: Measurement(result, min(seconds[name]), peak, held)
         for name, (result, peak, held) in first.items()
         if name in pools
     }

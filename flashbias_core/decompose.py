@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .biases import FactoredBias
 from .checks import check_floating
-from .errors import ShapeError, UnsupportedError
+from .errors import DtypeError, ShapeError, UnsupportedError
 
 PROBE_ROWS = 256  # queries of a probe at most; it attends to all keys
 OVERSAMPLING, POWER_ITERATIONS = 16, 2
@@ -91,15 +91,19 @@ def svd(
         seed: of the random numbers. The state of torch's own generators does not change.
 
     Raises:
-        ShapeError, DtypeError: for a bias or a rank that cannot be used.
+        ShapeError, DtypeError: for a bias, a rank, a step or a dtype that cannot be used.
         UnsupportedError: for infinite or NaN entries.
     """
     check_floating("bias", bias)
     if bias.dim() < 2 or bias.numel() == 0:
         raise ShapeError(f"bias of shape {tuple(bias.shape)}", "(*batch, H, Nq, Nk), not empty", "pass a matrix")
     most = min(bias.shape[-2:])
-    if rank is not None and rank < 1:
+    if rank is not None and (int(rank) != rank or rank < 1):
         raise ShapeError(f"rank={rank}", f"1 to {most}", "leave it out to keep all columns")
+    if step < 1:
+        raise ShapeError(f"step={step}", "1 or more", "leave it out to try every rank")
+    if dtype is not None and not dtype.is_floating_point:
+        raise DtypeError(f"dtype={dtype}", "a floating dtype", "leave it out to keep that of the bias")
     if not bool(bias.isfinite().all()):
         raise UnsupportedError(
             "a bias with infinite or NaN entries", "finite entries", "say what may not be attended to by a mask"

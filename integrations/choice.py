@@ -37,7 +37,7 @@ class Settings:
     def __post_init__(self) -> None:
         for wrong, found, wanted in (
             (self.mode not in MODES, f"mode={self.mode!r}", " or ".join(map(repr, MODES))),
-            (not self.rank >= 1, f"rank={self.rank}", "1 or more"),
+            (type(self.rank) is not int or self.rank < 1, f"rank={self.rank!r}", "a whole number, 1 or more"),
             (not self.tolerance >= 0, f"tolerance={self.tolerance}", "0 or more"),
         ):
             if wrong:

@@ -137,19 +137,22 @@ def test_gradients_are_not_recorded():
 
 
 @pytest.mark.parametrize(
-    ("bias", "rank", "error", "message"),
+    ("bias", "options", "error", "message"),
     [
-        (torch.ones(3), None, ShapeError, "bias of shape"),
-        (torch.ones(2, 0, 3), None, ShapeError, "not empty"),
-        (torch.ones(3, 3), 0, ShapeError, "rank=0.*1 to 3"),
-        (torch.ones(3, 3, dtype=torch.int32), None, DtypeError, "int32"),
-        (torch.tensor([[1.0, -math.inf]]), None, UnsupportedError, "infinite.*mask"),
+        (torch.ones(3), {}, ShapeError, "bias of shape"),
+        (torch.ones(2, 0, 3), {}, ShapeError, "not empty"),
+        (torch.ones(3, 3), {"rank": 0}, ShapeError, "rank=0.*1 to 3"),
+        (torch.ones(3, 3), {"rank": 2.5}, ShapeError, r"rank=2\.5"),
+        (torch.ones(3, 3), {"step": 0, "tolerance": 0.1}, ShapeError, "step=0"),
+        (torch.ones(3, 3), {"dtype": torch.int8}, DtypeError, "int8"),
+        (torch.ones(3, 3, dtype=torch.int32), {}, DtypeError, "int32"),
+        (torch.tensor([[1.0, -math.inf]]), {}, UnsupportedError, "infinite.*mask"),
     ],
-    ids=["vector", "empty", "rank", "integers", "infinite"],
+    ids=["vector", "empty", "rank", "fraction", "step", "factors of integers", "integers", "infinite"],
 )
-def test_what_cannot_be_decomposed_is_refused(bias, rank, error, message):
+def test_what_cannot_be_decomposed_is_refused(bias, options, error, message):
     with pytest.raises(error, match=message):
-        decompose.svd(bias, rank=rank)
+        decompose.svd(bias, **options)
 
 
 def test_factors_pay_where_they_were_measured_to():

@@ -46,11 +46,12 @@ def chosen(swin_v2, model):
     ("options", "message"),
     [
         ({"mode": "rough"}, r"mode='rough'; wanted: 'exact' or 'auto' or 'factored'"),
-        ({"rank": 0}, "rank=0; wanted: 1 or more"),
+        ({"rank": 0}, "rank=0; wanted: a whole number, 1 or more"),
+        ({"rank": 2.5}, r"rank=2\.5"),
         ({"tolerance": -1.0}, r"tolerance=-1\.0"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
     ],
-    ids=["mode", "rank", "negative", "nan"],
+    ids=["mode", "rank", "fraction", "negative", "nan"],
 )
 def test_configuration_that_does_not_exist(swin_v2, options, message):
     before = swin_v2.INTEGRATION.settings

@@ -154,7 +154,7 @@ def _spectra(axes: Axes, layers: Sequence[Layer]) -> None:
     axes.axvline(16, color="#adb5bd", lw=1, ls=":")
     axes.text(16.5, 0.6, "rank 16", fontsize=8, color="#868e96")
     axes.set(title="spectra of the biases, a line for each head", xlabel="singular value", ylim=(1e-5, 1.5))
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def _pair(axes: Axes, title: str, unit: str, result: Mapping[str, Any], key: str, factor: float) -> None:

@@ -1,7 +1,7 @@
 """Protenix (AlphaFold 3): attention that reads its pair bias in place, and a diffusion bias that is made once.
 
-Importing this module patches Protenix, at once or when it is imported; `revert()` undoes it. Weights and state dicts
-stay what they are.
+Importing this module patches Protenix, at once or when its model (`protenix.model.protenix`) is imported; `revert()`
+undoes it. Weights and state dicts stay what they are.
 
 - Triangle attention, wherever it is (trunk, MSA, templates, confidence head; starting and ending; masks; chunks of
   rows; bf16 and fp32; inference and training), is exact: all rows read one bias `(H, N, N)`, which is never expanded.

@@ -29,6 +29,13 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
+def _attention(query, key, value, biases):
+    scores = query @ key.transpose(-1, -2)
+    for bias in biases:
+        scores = scores + bias
+    return scores.softmax(-1, dtype=scores.dtype) @ value
+
+
 class Attention(nn.Module):
     def __init__(self, c_q, c_k, c_v, c_hidden, no_heads, gating=True):
         super().__init__()
@@ -54,7 +61,4 @@ class Attention(nn.Module):
         q, k, v = self._prep_qkv(q_x, kv_x, apply_scale=triangle_attention in ("torch", "triattention"))
         if triangle_attention != "torch" and q.shape[-2] > 16:
             raise ImportError(f"the kernel {triangle_attention} is not installed")
-        scores = q @ k.transpose(-1, -2)
-        for bias in biases or ():
-            scores = scores + bias
-        return self._wrap_up((scores.softmax(-1, dtype=scores.dtype) @ v).transpose(-2, -3), q_x)
+        return self._wrap_up(_attention(q, k, v, biases or ()).transpose(-2, -3), q_x)

@@ -1,0 +1,1 @@
+"""Protenix: what its attention costs, stock and patched."""

@@ -123,7 +123,8 @@ def _project(attention: Any, x: Tensor) -> Tensor:
 def _is_live(attention: Any) -> bool:
     """Whether the bias has to be made in this call: its gradients are recorded, or the graph will run elsewhere."""
     in_graph = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    return in_graph or _is_recorded(attention) or torch.compiler.is_exporting()
+    # What `torch.compiler.is_exporting()` returns, but for graphs of torch.compile in torch 2.11, where that says True.
+    return in_graph or _is_recorded(attention) or torch.compiler._is_exporting_flag
 
 
 def _is_recorded(attention: Any) -> bool:

@@ -64,11 +64,21 @@ def probabilities(b_s, b_lse, b_low, unit, EXACT: tl.constexpr):
     return exponential(b_s, unit, EXACT)
 
 
+@triton.jit
+def add_product(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """`sum + dS @ columns`. SPLIT: with what the dtype of the columns cannot hold of dS."""
+    b_high = b_ds.to(b_columns.dtype)
+    b_sum = tl.dot(b_high, b_columns, b_sum, input_precision=PRECISION)
+    if SPLIT:
+        b_sum = tl.dot((b_ds - b_high.to(tl.float32)).to(b_columns.dtype), b_columns, b_sum)
+    return b_sum
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
     q, k, v, d_out, d_lse, lse, low, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
-    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -151,9 +161,7 @@ def queries_kernel(
                 b_columns = load_chunk(
                     gradient_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, GRADIENT_RANK, phase == 1
                 )
-                b_d_columns = tl.dot(
-                    b_ds.to(b_columns.dtype), b_columns, b_d_columns, input_precision=PRECISION
-                )  # [M, N] @ [N, R]
+                b_d_columns = add_product(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [M, N] @ [N, R]
                 b_mean_columns = tl.dot(
                     b_p.to(b_columns.dtype), b_columns, b_mean_columns, input_precision=PRECISION
                 )  # [M, N] @ [N, R]
@@ -185,7 +193,7 @@ def queries_kernel(
 def keys_kernel(
     q, k, v, d_out, d_lse, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
-    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -268,9 +276,7 @@ def keys_kernel(
                 b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
             if GRADIENT_RANK > 0:
                 b_columns = load_chunk(gradient_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, GRADIENT_RANK, True)
-                b_d_columns = tl.dot(
-                    b_ds.to(b_columns.dtype), b_columns, b_d_columns, input_precision=PRECISION
-                )  # [N, M] @ [M, R]
+                b_d_columns = add_product(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [N, M] @ [M, R]
 
     p_row = i_bh * n_k + o_n
     if d_key is not None:

@@ -211,7 +211,7 @@ def _walk(
             columns = call.layout.block(side.columns[..., start:stop])
             d_columns = query.new_empty((*query.shape[:-2], n_rows, stop - start), dtype=torch.float32)
             parts.append(d_columns)
-        constants = call.constants | {"GRADIENT_RANK": stop - start}
+        constants = call.constants | {"GRADIENT_RANK": stop - start, "SPLIT": side is not None and side.parts == 2}
         block = tiles.block_m if kind == "queries" else tiles.block_n
         kernel[(plan.cdiv(n_rows, block) * query.shape[:-2].numel(),)](
             call.q, call.k, call.v, d_columns=d_columns, gradient_columns=columns, **made, **statistics, **call.sizes,

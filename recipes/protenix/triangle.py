@@ -120,8 +120,8 @@ def measure(tokens: int, device: str, repeats: int) -> list[dict[str, Any]]:
         for name, step in list(steps.items()):
             try:
                 made, memory = peak_memory(step, device)
-            except Exception as error:
-                print(f"{tokens:6} {part:9} {name:22} failed: {type(error).__name__}: {error}"[:160])
+            except Exception as failure:
+                print(f"{tokens:6} {part:9} {name:22} failed: {type(failure).__name__}: {failure}"[:160])
                 del steps[name]
                 continue
             # Some kernels add a dimension in front, or exchange heads and positions.

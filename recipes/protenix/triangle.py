@@ -92,8 +92,8 @@ def module_steps(module: Any, x: Any, chunk: int | None, names: Sequence[str]) -
     }
 
 
-def measure(tokens: int, device: str, repeats: int) -> list[dict[str, Any]]:
-    """A row for each way, attention alone and module."""
+def measure(tokens: int, device: str, repeats: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each way, attention alone and module; `names` are those of Protenix' kernels."""
     import copy
 
     import torch
@@ -102,7 +102,7 @@ def measure(tokens: int, device: str, repeats: int) -> list[dict[str, Any]]:
     from flashbias.recipes.memory import peak_memory
 
     torch.manual_seed(tokens)
-    module, names, chunk = make_module(device, torch.bfloat16), kernels(device), chunk_size(tokens)
+    module, chunk = make_module(device, torch.bfloat16), chunk_size(tokens)
     x = torch.randn(tokens, tokens, CHANNELS, device=device, dtype=torch.bfloat16)
     exact = copy.deepcopy(module).float()
     normed = exact.layer_norm(x.float())
@@ -147,13 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[384, 768, 1218, 2048])
+    parser.add_argument("--kernels", nargs="+", help="of Protenix; by default all that are installed")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which every kernel has its turn")
     parser.add_argument("--out", type=Path, default=Path("protenix_triangle.csv"))
     options = parser.parse_args(arguments)
     device = choose_device(options.device)
+    names = options.kernels or kernels(device)
     with torch.no_grad():
-        rows = [row for tokens in options.tokens for row in measure(tokens, device, options.repeats)]
+        rows = [row for tokens in options.tokens for row in measure(tokens, device, options.repeats, names)]
     write_rows(options.out, rows, device)
 
 

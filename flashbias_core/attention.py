@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .biases import Bias, DenseBias, FactoredBias
@@ -76,7 +80,9 @@ def biased_attention(
         # Not with `&`, which the compiler of torch 2.7 cannot trace.
         masks = Causal() if masks is None else Both(masks, Causal())
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
-    out, lse = ops.attention(query, key, value, *(value for _, value in operands.items()), float(scale))
+    inputs = (query, key, value, *(value for _, value in operands.items()))
+    _refuse_tangents(inputs)
+    out, lse = ops.attention(*inputs, float(scale))
     return (out, lse) if return_lse else out
 
 
@@ -127,6 +133,19 @@ def flash_bias_func(
     out = biased_attention(query, key, value, bias, mask=mask, is_causal=causal, scale=softmax_scale)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
+
+
+def _refuse_tangents(inputs: Iterable[Any]) -> None:
+    """Raise where forward-mode differentiation would take the derivative for zero."""
+    if forward_ad._current_level < 0:
+        return
+    for value in inputs:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise UnsupportedError(
+                "forward-mode differentiation of biased_attention",
+                "gradients by backward",
+                "use torch.autograd.grad, or flashbias.reference for forward mode",
+            )
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from .errors import DeviceError, UnsupportedError
 
 BACKENDS = ("auto", "cpu", "triton")
+LONG = 1024  # keys
 
 
 def backend(device: torch.device) -> str:
@@ -80,8 +81,8 @@ class Tiles:
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
-    `constants` are those of the kernel, and what else there is: LONG, 1,024 keys or more; DENSE, a dense bias; ALLOWED,
-    a boolean mask; SLOPES; BARE, no mask but of lengths and no slopes.
+    `constants` are those of the kernel, and what else there is: LONG (`LONG` keys or more), DENSE (a dense bias),
+    ALLOWED (a boolean mask), SLOPES, and BARE (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)

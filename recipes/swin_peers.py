@@ -27,7 +27,8 @@ def replace_attention(model: nn.Module, kind: str, dtype: torch.dtype) -> PatchS
     if kind == "dense":
         blocks: list[Any] = [module for module in model.modules() if hasattr(module, "attn_mask")]
         for block in blocks:
-            block.attn.register_buffer("kept_bias", _bias(block.attn, block.attn_mask).to(dtype), persistent=False)
+            kept = _bias(block.attn, block.attn_mask).to(dtype).contiguous()  # for other strides torch has no fast way
+            block.attn.register_buffer("kept_bias", kept, persistent=False)
     forward = {"dense": _with_kept_bias, "no bias": _without_bias}[kind]
     patches = PatchSet(Patch(_TARGET, forward, ("self", "x", "mask")))
     patches.apply()

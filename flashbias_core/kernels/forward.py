@@ -31,7 +31,7 @@ def forward_kernel(
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
@@ -60,7 +60,8 @@ def forward_kernel(
     for phase in tl.static_range(2):
         first = whole if phase == 1 else 0
         last = end if phase == 1 else whole
-        if first < last:  # a loop that is not entered would have started to load
+        # A loop that is not entered would have started to load. Long rows do not feel it, and run out of registers.
+        if LONG or first < last:
             for n_first in tl.range(first, last, BLOCK_N):
                 o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
                 b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)

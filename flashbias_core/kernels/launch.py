@@ -39,11 +39,16 @@ class Call:
     sizes: dict[str, Any]
     constants: dict[str, Any]
 
+    @property
+    def long(self) -> bool:
+        """Whether rows are long."""
+        return self.sizes["n_k"] >= plan.LONG
+
     def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
         """The tiles of a kernel for this call."""
         terms, masks = self.sizes["terms"], self.sizes["masks"]
         traits = {
-            "LONG": self.sizes["n_k"] >= 1024,
+            "LONG": self.long,
             "DENSE": terms.matrix is not None,
             "ALLOWED": masks.allowed is not None,
             "SLOPES": terms.slopes is not None,
@@ -70,8 +75,8 @@ def prepare(
         columns = score_columns(operands.q_factor, operands.k_factor, query.dtype, scale)
     o = operands
     q_columns, k_columns = (columns.q, columns.k) if columns else (None, None)
-    values = _aligned(o.values)
-    planes = _planes(values)
+    values = None if o.values is None else _aligned(o.values)
+    planes = None if values is None else _planes(values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
@@ -94,7 +99,7 @@ def prepare(
         block(o.slopes, row=False, column=False),
         block(_positions(o.q_positions), **per_position),
         block(_positions(o.k_positions), **per_position),
-        block(values) if planes is None else _count_planes(layout.block(values), planes),
+        block(values) if values is None or planes is None else _count_planes(layout.block(values), planes),
     )
     masks = Masks(
         block(o.offsets, **per_batch),
@@ -132,6 +137,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
             out,
             lse,
             tiles=call.descriptor(tiles),
+            LONG=call.long,
             **call.sizes,
             **call.constants,
             **tiles.options(),
@@ -261,13 +267,11 @@ def _positions(positions: Tensor | None) -> Tensor | None:
     return positions.float() if positions.is_floating_point() else positions.int()
 
 
-def _aligned(values: Tensor | None) -> Tensor | None:
+def _aligned(values: Tensor) -> Tensor:
     """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower.
 
     What was expanded in batch or heads is taken back to size 1.
     """
-    if values is None:
-        return None
     for dim in range(values.dim() - 2):
         if values.stride(dim) == 0:
             values = values.narrow(dim, 0, 1)
@@ -280,9 +284,9 @@ def _aligned(values: Tensor | None) -> Tensor | None:
     return padded.copy_(values)
 
 
-def _planes(values: Tensor | None) -> Tensor | None:
+def _planes(values: Tensor) -> Tensor | None:
     """Values as a stack of planes `(planes, rows, columns)`, where a tensor descriptor can read them; else None."""
-    if values is None or values.shape[-2] == 1 or not plan.has_descriptors(values.device):
+    if values.shape[-2] == 1 or not plan.has_descriptors(values.device):
         return None
     planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
     in_place = planes.data_ptr() == values.data_ptr()  # batch dimensions that do not lie in one line are copied

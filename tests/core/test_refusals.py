@@ -10,6 +10,7 @@ import torch
 from cases import BIASES, JOINS, MASKS, Case, build
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from flashbias import (
     ALiBi,
@@ -291,6 +292,20 @@ def test_vmap(device: str) -> None:
         torch.vmap(biased_attention)(x, x, x)
     with pytest.raises(UnsupportedError, match=r"found: torch.vmap"):
         torch.vmap(lambda key: biased_attention(x, key, x), in_dims=0)(x[None])
+
+
+@pytest.mark.parametrize("what", ["query", "slopes"])
+def test_forward_mode(what: str, device: str) -> None:
+    x, slopes = leaf(device).detach(), torch.rand(leaf(device).shape[-3], device=device)
+    calls = {
+        "query": (lambda query: biased_attention(query, x, x), x),
+        "slopes": (lambda slopes: biased_attention(x, x, x, ALiBi(slopes)), slopes),
+    }
+    function, given = calls[what]
+    with pytest.raises(UnsupportedError, match=r"found: forward-mode .*wanted: gradients by backward"):
+        torch.func.jvp(function, (given,), (torch.ones_like(given),))
+    with forward_ad.dual_level():
+        assert function(given) is not None, "without tangents it is an ordinary call"
 
 
 @pytest.mark.parametrize("backend", ["Triton", "cuda", ""])

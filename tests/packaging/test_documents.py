@@ -1,6 +1,7 @@
 """The documents say what is true: their code runs, their commands exist, their tables are complete."""
 
 import configparser
+import csv
 import os
 import re
 import subprocess
@@ -118,9 +119,26 @@ def test_tables_of_the_readme_are_complete(readme: str, root: Path, texts: dict[
     in_code = set(re.findall(r"\bFLASHBIAS_[A-Z]+\b", code))
     assert in_code == set(re.findall(r"\n\| `(FLASHBIAS_[A-Z]+)`", readme))
     hosts = {
-        path.stem for path in (root / "integrations").glob("*.py") if "\nINTEGRATION = " in path.read_text("utf-8")
+        module.removesuffix(".__init__").split(".")[0]
+        for path in (root / "integrations").rglob("*.py")
+        if "\nINTEGRATION = " in path.read_text("utf-8")
+        for module in [".".join(path.relative_to(root / "integrations").with_suffix("").parts)]
     }
     assert hosts == set(re.findall(r"\n\|[^|]+\| `flashbias\.integrations\.(\w+)` \|", readme))
+
+
+def test_numbers_of_the_readme_are_stored(readme: str, root: Path) -> None:
+    with (root / "recipes/results/nvidia-h200/bench_fwd.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    stored = {row["workload"]: row for row in rows if row["peer"] == "flashbias"}
+    without = {row["workload"]: row for row in rows if row["peer"] == "cudnn-none"}
+    shown = re.findall(r"\n\| `([\w-]+)` \| \([^)]+\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", readme)
+    assert {name for name, *_ in shown} == set(stored)
+    for name, ours, theirs, tax in shown:
+        assert float(ours) == pytest.approx(float(stored[name]["milliseconds"]), rel=0.005)
+        assert float(theirs) == pytest.approx(float(without[name]["milliseconds"]), rel=0.005)
+        assert float(tax) == pytest.approx(float(stored[name]["tax"]), abs=0.005)
+        assert stored[name]["accurate"] == "True"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

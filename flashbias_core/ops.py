@@ -114,6 +114,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     for position, tensor in zip(ctx.positions, tensors, strict=True):
         inputs[position] = tensor
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is not None:
+        # Where nothing was attended to, what made something of the LSE may well have no derivative.
+        grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)
     wanted = [bool(ctx.needs_input_grad[position]) for position in DIFFERENTIABLE.values()]
     gradients = attention_backward(grad_out, grad_lse, out, lse, wanted, *inputs)
     results: list[Tensor | None] = [None] * len(inputs)

@@ -447,3 +447,22 @@ def test_a_bias_learns_which_positions_count(place: str) -> None:
     assert (problem.batch, problem.heads, problem.n_q, problem.n_k, problem.offset) == ((2,), 2, 7, 9, 3)
     assert torch.equal(problem.q_counts, q_ids != -1)
     assert torch.equal(problem.k_counts, torch.arange(9, device=place) < lengths[:, None])
+
+
+def test_parts_without_keys_can_be_merged(place: str) -> None:
+    """`logaddexp` of two LSE of -inf has NaN for derivatives; they must not reach keys that nobody attended to."""
+    leaves = {name: leaf.requires_grad_() for name, leaf in qkv(5, 6, place).items()}
+    nobody = torch.zeros(5, 6, dtype=torch.bool, device=place)
+    nobody[2:] = True
+    parts = [
+        biased_attention(leaves["query"], leaves["key"], leaves["value"], mask=nobody, return_lse=True)[1]
+        for _ in range(2)
+    ]
+    total = torch.logaddexp(*parts)
+    assert (total[..., :2] == -torch.inf).all()
+    gradients = torch.autograd.grad(
+        torch.where(total > -torch.inf, total, 0.0).sum(), list(leaves.values()), allow_unused=True
+    )
+    for gradient in gradients[:2]:
+        assert gradient.isfinite().all()
+        assert (gradient != 0).any()

@@ -39,9 +39,9 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
+    EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     # Softmax does not see what is constant along a row: where nothing but the keys' order counts, distances are those
     # to the tile's first row, and the part that a tile's entries have in common is not added to each of them.
-    EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     FAR: tl.constexpr = terms.slopes is not None and terms.q_positions is None and not SYMMETRIC
     slope = 0.0
     ahead = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,31 +54,38 @@ def run(epochs: int, seed: int, device: str, out: Path, base: bool | None = None
         raise DemoError(f"--out {out}, {error.strerror}", "a folder that can be written", "choose another") from error
     chatter, console = Console(stderr=True), Console()
     started = time.perf_counter()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        large = None
+        if base or (base is None and device.startswith("cuda")):
+            large = stack.enter_context(demo_base.Contest(demo_base.Case(), device))
         path = Path(folder) / "swin_v2.pt"
         train(path, epochs, seed, device, chatter)
         training = time.perf_counter() - started
+        layers = look_inside(path, device)
+        if large is not None:
+            kept = demo_base.choices(large.case, device)
+            with chatter.status(f"compiling {large.case.model}"):
+                large.wait()
         with chatter.status("evaluating with the code of timm and with the patch"):
             variants = {name: partial(prepare, path, device, name == "patched") for name in ("stock", "patched")}
             measured = side_by_side(variants, device, REPEATS)
-            layers = look_inside(path, device)
-    result = {"recipe": "demo"} | compare(measured["stock"], measured["patched"], digits()[3])
-    result |= {"layers": [asdict(layer.choice) for layer in layers], "epochs": epochs, "seed": seed}
-    result |= {"timm": machine.version("timm")} | machine.conditions(device)
-    console.print(_comparison(result), _choices(result["layers"]))
-    machine.write_rows(out / "demo.csv", _rows(result), device)
-    demo_picture.draw_digits(out / "demo.png", result, layers)
-    files = ["demo.csv", "demo.png"]
-    result |= {"training_seconds": round(training, 1), "digits_seconds": round(time.perf_counter() - started, 1)}
-    if base or (base is None and device.startswith("cuda")):
-        case = demo_base.Case()
-        rows, kept = demo_base.measure(case, device, chatter), demo_base.choices(case, device)
-        console.print(demo_base.table(rows, result["device"]))
-        console.print("layers:", *(f"{count} {choice}" for choice, count in kept.items()))
-        machine.write_rows(out / "demo_base.csv", rows, device)
-        demo_picture.draw_base(out / "demo_base.png", rows, result)
-        files += ["demo_base.csv", "demo_base.png"]
-        result |= {"base": rows, "base_layers": kept, "agree": result["agree"] and demo_base.agree(rows)}
+        result = {"recipe": "demo"} | compare(measured["stock"], measured["patched"], digits()[3])
+        result |= {"layers": [asdict(layer.choice) for layer in layers], "epochs": epochs, "seed": seed}
+        result |= {"timm": machine.version("timm")} | machine.conditions(device)
+        result |= {"training_seconds": round(training, 1)}
+        console.print(_comparison(result), _choices(result["layers"]))
+        machine.write_rows(out / "demo.csv", _rows(result), device)
+        demo_picture.draw_digits(out / "demo.png", result, layers)
+        files = ["demo.csv", "demo.png"]
+        if large is not None:
+            with chatter.status(f"measuring {large.case.model}"):
+                rows = large.rows(chatter)
+            console.print(demo_base.table(rows, result["device"]))
+            console.print("layers:", *(f"{count} {choice}" for choice, count in kept.items()))
+            machine.write_rows(out / "demo_base.csv", rows, device)
+            demo_picture.draw_base(out / "demo_base.png", rows, result)
+            files += ["demo_base.csv", "demo_base.png"]
+            result |= {"base": rows, "base_layers": kept, "agree": result["agree"] and demo_base.agree(rows)}
     result |= {"files": [str(out / name) for name in files], "seconds": round(time.perf_counter() - started, 1)}
     console.print(f"Stored in {out.resolve()}: {', '.join(files)}.", soft_wrap=True)
     if not result["agree"]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .side_by_side import Measurement, side_by_side, steps
+from .side_by_side import Measurement, SideBySide
 
 if TYPE_CHECKING:
     import torch
 
-REPEATS = 10
+REPEATS = 5
 SEED = 0
 # How the attention is computed, and what `swin_peers` calls it.
 PEERS = {"SDPA, kept bias": "dense", "SDPA, no bias": "no bias"}
@@ -36,29 +36,32 @@ class Case:
     compiled: bool = True
 
 
-def measure(case: Case, device: str, console: Any) -> list[dict[str, Any]]:
-    """A row for each variant that could be measured; why others could not is said on the console.
+class Contest(SideBySide):
+    """All variants of a case, preparing in processes of their own: compilation takes most of the time."""
 
-    Raises what the stock model raises: there is nothing to compare with then.
-    """
-    from rich.progress import Progress
+    def __init__(self, case: Case, device: str) -> None:
+        modes = {"eager": False} | ({"compiled": True} if case.compiled else {})
+        variants: dict[str, Callable[[], Any]] = {
+            f"{name}|{mode}": partial(prepare, case, device, name, compiled)
+            for mode, compiled in modes.items()
+            for name in ("timm", *PEERS, "flashbias")
+        }
+        variants[f"{REFERENCE}|eager"] = partial(prepare, case, device, REFERENCE, False)
+        self.case, self.failures = case, {}
+        super().__init__(variants, device, self.failures)
 
-    modes = {"eager": False} | ({"compiled": True} if case.compiled else {})
-    variants: dict[str, Callable[[], Any]] = {
-        f"{name}|{mode}": partial(prepare, case, device, name, compiled)
-        for mode, compiled in modes.items()
-        for name in ("timm", *PEERS, "flashbias")
-    }
-    variants[f"{REFERENCE}|eager"] = partial(prepare, case, device, REFERENCE, False)
-    failures: dict[str, Exception] = {}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"measuring {case.model}", total=steps(variants, REPEATS))
-        measured = side_by_side(variants, device, REPEATS, lambda: progress.advance(task), failures)
-    for name, error in failures.items():
-        if name in (f"{REFERENCE}|eager", "timm|eager"):
-            raise error
-        console.print(f"{name.replace('|', ', ')} failed: {type(error).__name__}: {error}", style="red", markup=False)
-    return rows(case, measured)
+    def rows(self, console: Any) -> list[dict[str, Any]]:
+        """A row for each variant that could be measured; why others could not is said on the console.
+
+        Raises what the stock model raises: there is nothing to compare with then.
+        """
+        measured = self.measure(REPEATS)
+        for name, error in self.failures.items():
+            if name in (f"{REFERENCE}|eager", "timm|eager"):
+                raise error
+            reason = f"{name.replace('|', ', ')} failed: {type(error).__name__}: {error}"
+            console.print(reason, style="red", markup=False)
+        return rows(self.case, measured)
 
 
 def rows(case: Case, measured: Mapping[str, Measurement]) -> list[dict[str, Any]]:

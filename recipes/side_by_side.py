@@ -34,55 +34,68 @@ class Measurement:
     held: int = 0
 
 
-def side_by_side(
-    variants: Mapping[str, Callable[[], Work]],
-    device: str,
-    repeats: int,
-    on_step: Callable[[], Any] = lambda: None,
-    failures: dict[str, Exception] | None = None,
-) -> dict[str, Measurement]:
-    """Measure several variants of a piece of work.
+class SideBySide:
+    """Variants of a piece of work, each preparing in a process of its own from now on; to be used in a `with`.
 
     `variants[name]()` is called once in the process of that variant, and returns the work: a function that is called
     `repeats + 1` times and returns when all its computation is done. Both, and the result, have to be picklable.
-    `on_step` is called `steps(variants, repeats)` times in all. Where a variant fails that is raised, or, where
-    `failures` is given, put there, and the others go on.
+    Where a variant fails that is raised, or, where `failures` is given, put there, and the others go on.
     """
-    with ExitStack() as stack:
+
+    def __init__(
+        self, variants: Mapping[str, Callable[[], Work]], device: str, failures: dict[str, Exception] | None = None
+    ) -> None:
+        self._device, self._failures, self._stack = device, failures, ExitStack()
         spawn = multiprocessing.get_context("spawn")
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in variants}
+        self._pools = {name: self._stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in variants}
+        self._preparing = {name: pool.submit(_prepare, variants[name]) for name, pool in self._pools.items()}
 
-        def collect(futures: dict[str, Future[Any]]) -> dict[str, Any]:
-            results = {}
-            for name, future in futures.items():
-                try:
-                    results[name] = future.result()
-                except Exception as error:
-                    if failures is None:
-                        raise
-                    failures[name] = error
-                    del pools[name]
-                on_step()
-            return results
+    def __enter__(self) -> SideBySide:
+        return self
 
-        collect({name: pool.submit(_prepare, variants[name]) for name, pool in pools.items()})
+    def __exit__(self, *exception: Any) -> None:
+        for future in self._preparing.values():
+            future.cancel()
+        self._stack.close()
+
+    def wait(self) -> None:
+        """Return when all have prepared."""
+        self._collect(self._preparing)
+        self._preparing = {}
+
+    def measure(self, repeats: int) -> dict[str, Measurement]:
+        """Wait, and measure them in turn."""
+        self.wait()
         first: dict[str, Any] = {}
-        for name, pool in list(pools.items()):
-            first |= collect({name: pool.submit(_memory, device)})
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for name, pool in list(self._pools.items()):
+            first |= self._collect({name: pool.submit(_memory, self._device)})
+        seconds: dict[str, list[float]] = {name: [] for name in self._pools}
         for _ in range(repeats):
-            for name, pool in list(pools.items()):
-                seconds[name] += collect({name: pool.submit(_time)}).values()
-    return {
-        name: Measurement(result, min(seconds[name]), peak, held)
-        for name, (result, peak, held) in first.items()
-        if name in pools
-    }
+            for name, pool in list(self._pools.items()):
+                seconds[name] += self._collect({name: pool.submit(_time)}).values()
+        return {
+            name: Measurement(result, min(seconds[name]), peak, held)
+            for name, (result, peak, held) in first.items()
+            if name in self._pools
+        }
+
+    def _collect(self, futures: Mapping[str, Future[Any]]) -> dict[str, Any]:
+        results = {}
+        for name, future in futures.items():
+            try:
+                results[name] = future.result()
+            except Exception as error:
+                if self._failures is None:
+                    raise
+                self._failures[name] = error
+                del self._pools[name]
+        return results
 
 
-def steps(variants: Mapping[str, Any], repeats: int) -> int:
-    """How many steps a measurement has that fails nowhere."""
-    return len(variants) * (2 + repeats)
+def side_by_side(variants: Mapping[str, Callable[[], Work]], device: str, repeats: int) -> dict[str, Measurement]:
+    """Prepare and measure several variants of a piece of work, as `SideBySide` says."""
+    with SideBySide(variants, device) as contest:
+        return contest.measure(repeats)
 
 
 def _prepare(variant: Callable[[], Work]) -> None:

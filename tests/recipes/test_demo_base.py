@@ -81,7 +81,8 @@ def test_verdict_needs_a_measurement_of_the_patch():
 @pytest.mark.slow
 @pytest.mark.usefixtures("model_and_images")
 def test_all_variants_are_measured_and_drawn(tmp_path):
-    rows = demo_base.measure(CASE, "cpu", Console(stderr=True))
+    with demo_base.Contest(CASE, "cpu") as contest:
+        rows = contest.rows(Console(stderr=True))
     assert [row["variant"] for row in rows] == ["timm", *demo_base.PEERS, "flashbias", "timm, fp32"]
     assert demo_base.agree(rows)
     assert {row["variant"]: row["accurate"] for row in rows}["SDPA, kept bias"]

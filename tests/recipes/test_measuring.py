@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from flashbias.recipes.memory import peak_memory
-from flashbias.recipes.side_by_side import side_by_side, steps
+from flashbias.recipes.side_by_side import SideBySide, side_by_side
 
 MIB = 2**20
 
@@ -71,11 +71,11 @@ def test_peak_on_a_gpu():
 
 
 def test_others_go_on_where_one_fails():
-    variants, failures, steps_taken = {"bad": fail, "good": Fill(1)}, {}, []
-    measured = side_by_side(variants, "cpu", 2, lambda: steps_taken.append(1), failures)
+    failures = {}
+    with SideBySide({"bad": fail, "good": Fill(1)}, "cpu", failures) as contest:
+        measured = contest.measure(2)
     assert list(measured) == ["good"]
     assert isinstance(failures["bad"], ValueError)
-    assert len(steps_taken) == steps(variants, 2) - 3
 
 
 def test_memory_that_is_held_already_is_told_apart():

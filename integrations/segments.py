@@ -9,13 +9,16 @@ _ids: Derived[Tensor] = Derived()
 _partitions: Derived[bool] = Derived()
 
 
-def segment_ids(mask: Tensor) -> Tensor:
-    """Ids `(windows, N)`, int32, of a mask `(windows, N, N)`, equal where it is 0: the first position of each part."""
+def segment_ids(mask: Tensor, keep: bool = True) -> Tensor:
+    """Ids `(windows, N)`, int32, of a mask `(windows, N, N)`, equal where it is 0: the first position of each part.
+
+    `keep` them for the next call with this mask.
+    """
 
     def make() -> Tensor:
         return (mask == 0).to(torch.uint8).argmax(-1).to(torch.int32)
 
-    return make() if torch.compiler.is_compiling() else _ids.get(mask, [mask], None, make)
+    return make() if not keep or torch.compiler.is_compiling() else _ids.get(mask, [mask], None, make)
 
 
 def is_partition(mask: Tensor) -> bool:

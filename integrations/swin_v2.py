@@ -196,7 +196,9 @@ def _scale(logit_scale: Tensor) -> Tensor:
     return torch.clamp(logit_scale, max=math.log(100)).exp()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Bias, mask: Tensor | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Bias, mask: Tensor | None, keep: bool = True
+) -> Tensor:
     """Attention of `(images * windows, H, N, C)`, scores not scaled further."""
     if mask is None:
         out = biased_attention(query, key, value, bias, scale=1.0)
@@ -204,7 +206,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Bias, mask: Tensor 
         return out
     shape = (query.shape[0] // mask.shape[0], mask.shape[0])
     query, key, value = (tensor.unflatten(0, shape) for tensor in (query, key, value))
-    ids = segment_ids(mask)
+    ids = segment_ids(mask, keep)
     out = biased_attention(query, key, value, bias, mask=Segments(ids, ids), scale=1.0)
     assert isinstance(out, Tensor)
     return out.flatten(0, 1)
@@ -222,7 +224,7 @@ _LIBRARY.define(
 def _attend_in_graph(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, made_from: list[Tensor]) -> Tensor:
     # CUDA graphs are warmed up and captured on streams of their own, with memory that they use again.
     keep = not query.is_cuda or torch.cuda.current_stream(query.device) == torch.cuda.default_stream(query.device)
-    return _attend(query, key, value, _kept_bias(made_from, query, keep), mask)
+    return _attend(query, key, value, _kept_bias(made_from, query, keep), mask, keep)
 
 
 @torch.library.register_fake("flashbias::swin_v2_attention", lib=_LIBRARY)

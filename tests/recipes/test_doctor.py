@@ -17,13 +17,14 @@ def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_report_as_json(flashbias):
-    ended = flashbias("doctor", "--json", FLASHBIAS_BACKEND="cpu")
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_report_as_json(backend, flashbias):
+    ended = flashbias("doctor", "--json", FLASHBIAS_BACKEND=backend)
     assert (ended.code, ended.err) == (0, "")
     report = json.loads(ended.out)
     assert report["torch"] == torch.__version__
-    assert report["kernels"]["usable"] is torch.cuda.is_available()
-    assert report["environment"]["FLASHBIAS_BACKEND"] == "cpu"
+    assert report["kernels"]["usable"] is (backend == "auto" and torch.cuda.is_available())
+    assert report["environment"]["FLASHBIAS_BACKEND"] == backend
     (host, *_) = report["hosts"]
     assert (host["integration"], host["host"], host["patched"]) == ("swin_v2", "timm", False)
 

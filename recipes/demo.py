@@ -20,7 +20,7 @@ from flashbias.patches import disabled
 
 from . import demo_base, machine
 from .demo_digits import digits, look_inside, prepare, train
-from .side_by_side import Measurement, side_by_side
+from .side_by_side import Measurement, SideBySide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,18 +61,22 @@ def run(epochs: int, seed: int, device: str, out: Path, base: bool | None = None
         path = Path(folder) / "swin_v2.pt"
         train(path, epochs, seed, device, chatter)
         training = time.perf_counter() - started
+        variants = {name: partial(prepare, path, device, name == "patched") for name in ("stock", "patched")}
+        small = stack.enter_context(SideBySide(variants, device))
         layers = look_inside(path, device)
         if large is not None:
-            kept = demo_base.choices(large.case, device)
             with chatter.status(f"compiling {large.case.model}"):
                 large.wait()
         with chatter.status("evaluating with the code of timm and with the patch"):
-            variants = {name: partial(prepare, path, device, name == "patched") for name in ("stock", "patched")}
-            measured = side_by_side(variants, device, REPEATS)
+            measured = small.measure(REPEATS)
+        measuring = time.perf_counter() - started
         result = {"recipe": "demo"} | compare(measured["stock"], measured["patched"], digits()[3])
         result |= {"layers": [asdict(layer.choice) for layer in layers], "epochs": epochs, "seed": seed}
         result |= {"timm": machine.version("timm")} | machine.conditions(device)
-        result |= {"training_seconds": round(training, 1)}
+        result |= {
+            "training_seconds": round(training, 1),
+            "evaluated_seconds": round(measuring, 1),
+        }
         console.print(_comparison(result), _choices(result["layers"]))
         machine.write_rows(out / "demo.csv", _rows(result), device)
         demo_picture.draw_digits(out / "demo.png", result, layers)
@@ -81,6 +85,7 @@ def run(epochs: int, seed: int, device: str, out: Path, base: bool | None = None
             with chatter.status(f"measuring {large.case.model}"):
                 rows = large.rows(chatter)
             console.print(demo_base.table(rows, result["device"]))
+            kept = large.notes["flashbias|eager"]
             console.print("layers:", *(f"{count} {choice}" for choice, count in kept.items()))
             machine.write_rows(out / "demo_base.csv", rows, device)
             demo_picture.draw_base(out / "demo_base.png", rows, result)

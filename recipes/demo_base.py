@@ -1,9 +1,9 @@
 """SwinV2-B at 384 px, stock and patched, beside what else can be done to its attention; meant for a GPU.
 
-Inference in fp16 autocast, eager and compiled, each variant in a process of its own, measured in turn. The weights are
-drawn, not trained, with a structure in the biases that a fresh model lacks. All are compared with the stock model in
-fp32. A variant counts as accurate if its error is no more than twice the stock model's own in fp16, and for the patch
-the tolerance with which it chooses factors. 'No bias' leaves out the mask too: it is wrong, and a bound.
+Inference in fp16 autocast, eager and compiled block by block, each variant in a process of its own, measured in turn.
+The weights are drawn, not trained, with a structure in the biases that a fresh model lacks. All are compared with the
+stock model in fp32. A variant counts as accurate if its error is no more than twice the stock model's own in fp16, and
+for the patch the tolerance with which it chooses factors. 'No bias' leaves out the mask too: it is wrong, and a bound.
 """
 
 from __future__ import annotations
@@ -111,21 +111,8 @@ def table(rows: list[dict[str, Any]], device: str) -> Any:
     return table
 
 
-def choices(case: Case, device: str) -> dict[str, int]:
-    """What biases are kept as and why, and in how many layers; patches timm in this process."""
-    import torch
-
-    from flashbias.integrations import swin_v2
-
-    model, images = _build(case, device, patched=True)
-    with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.float16):
-        model(images[:1])
-    found = swin_v2.choices(model)
-    return dict(Counter(f"{c.bias}{f', rank {c.rank}' if c.bias == 'factored' else ''} ({c.reason})" for c in found))
-
-
 def prepare(case: Case, device: str, variant: str, compiled: bool) -> Callable[[], Any]:
-    """The model, ready to compute logits; for a process that is new to timm."""
+    """The model, ready to compute logits; for a process that is new to timm. Its notes say what biases are kept as."""
     import torch
 
     from .swin_peers import replace_attention
@@ -134,7 +121,10 @@ def prepare(case: Case, device: str, variant: str, compiled: bool) -> Callable[[
     model, images = _build(case, device, variant == "flashbias")
     if variant in PEERS:
         replace_attention(model, PEERS[variant], torch.float16)
-    run = torch.compile(model) if compiled else model
+    if compiled:
+        # Block by block: those of the same shapes share what is compiled, and the whole would take minutes.
+        for block in (module for module in model.modules() if hasattr(module, "shift_size")):
+            block.compile(dynamic=False)
     backends = torch.nn.attention.SDPBackend
     fastest_first = [getattr(backends, f"{name}_ATTENTION") for name in ("CUDNN", "FLASH", "EFFICIENT")]
     kind, half = torch.device(device).type, variant != REFERENCE
@@ -145,10 +135,19 @@ def prepare(case: Case, device: str, variant: str, compiled: bool) -> Callable[[
             torch.autocast(kind, torch.float16, enabled=half),
             torch.nn.attention.sdpa_kernel([*fastest_first, backends.MATH], set_priority=True),
         ):
-            return run(images).float().cpu().numpy()
+            return model(images).float().cpu().numpy()
 
     logits()  # what is compiled or kept at a first call belongs to no measurement
+    logits.notes = _choices(model) if variant == "flashbias" else {}
     return logits
+
+
+def _choices(model: torch.nn.Module) -> dict[str, int]:
+    """What biases are kept as and why, and in how many layers."""
+    from flashbias.integrations import swin_v2
+
+    found = swin_v2.choices(model)
+    return dict(Counter(f"{c.bias}{f', rank {c.rank}' if c.bias == 'factored' else ''} ({c.reason})" for c in found))
 
 
 def _build(case: Case, device: str, patched: bool) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -165,7 +164,8 @@ def _build(case: Case, device: str, patched: bool) -> tuple[torch.nn.Module, tor
 
         swin_v2.apply()
     torch.manual_seed(SEED)
-    model: Any = give_structure(timm.create_model(case.model, pretrained=False, **case.options))
+    # Paths are dropped in training only, but by another number in each block, which would set it apart for a compiler.
+    model: Any = give_structure(timm.create_model(case.model, pretrained=False, drop_path_rate=0.0, **case.options))
     images = torch.randn(case.batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     return model.eval().to(device), images.to(device)
 

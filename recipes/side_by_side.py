@@ -39,28 +39,31 @@ class SideBySide:
 
     `variants[name]()` is called once in the process of that variant, and returns the work: a function that is called
     `repeats + 1` times and returns when all its computation is done. Both, and the result, have to be picklable.
+    What the work has as an attribute `notes` is kept in `notes[name]` when it is ready.
     Where a variant fails that is raised, or, where `failures` is given, put there, and the others go on.
     """
 
     def __init__(
         self, variants: Mapping[str, Callable[[], Work]], device: str, failures: dict[str, Exception] | None = None
     ) -> None:
+        self.notes: dict[str, Any] = {}
         self._device, self._failures, self._stack = device, failures, ExitStack()
         spawn = multiprocessing.get_context("spawn")
         self._pools = {name: self._stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in variants}
+        self._all = list(self._pools.values())
         self._preparing = {name: pool.submit(_prepare, variants[name]) for name, pool in self._pools.items()}
 
     def __enter__(self) -> SideBySide:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for future in self._preparing.values():
-            future.cancel()
+        for pool in self._all:  # together: a process that used a GPU takes seconds to end
+            pool.shutdown(wait=False, cancel_futures=True)
         self._stack.close()
 
     def wait(self) -> None:
         """Return when all have prepared."""
-        self._collect(self._preparing)
+        self.notes |= self._collect(self._preparing)
         self._preparing = {}
 
     def measure(self, repeats: int) -> dict[str, Measurement]:
@@ -92,15 +95,10 @@ class SideBySide:
         return results
 
 
-def side_by_side(variants: Mapping[str, Callable[[], Work]], device: str, repeats: int) -> dict[str, Measurement]:
-    """Prepare and measure several variants of a piece of work, as `SideBySide` says."""
-    with SideBySide(variants, device) as contest:
-        return contest.measure(repeats)
-
-
-def _prepare(variant: Callable[[], Work]) -> None:
+def _prepare(variant: Callable[[], Work]) -> Any:
     global _work
     _work = variant()
+    return getattr(_work, "notes", None)
 
 
 def _memory(device: str) -> tuple[Any, int, int]:

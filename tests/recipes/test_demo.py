@@ -147,7 +147,7 @@ def test_exit_code_is_the_verdict(monkeypatch, tmp_path, shift, code):
     pair = {"stock": measurement(logits.tolist()), "patched": measurement((logits + shift).tolist())}
     layers = [layer(f"layers.{i}.blocks.0.attn", rank) for i, rank in enumerate((None, 16, 4))]
     monkeypatch.setattr(demo, "train", lambda *args: None)
-    monkeypatch.setattr(demo, "side_by_side", lambda *args: pair)
+    monkeypatch.setattr(demo.SideBySide, "measure", lambda *args: pair)
     monkeypatch.setattr(demo, "look_inside", lambda *args: layers)
     result = CliRunner().invoke(app, ["demo", "--no-base", "--out", str(tmp_path)])
     assert result.exit_code == code, result.output

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from flashbias.recipes.memory import peak_memory
-from flashbias.recipes.side_by_side import SideBySide, side_by_side
+from flashbias.recipes.side_by_side import SideBySide
 
 MIB = 2**20
 
@@ -38,8 +38,13 @@ class Held:
         return lambda: int(held[-1])
 
 
+def side_by_side(variants, repeats):
+    with SideBySide(variants, "cpu") as contest:
+        return contest.measure(repeats)
+
+
 def test_variants_run_in_processes_of_their_own():
-    measured = side_by_side({"small": Fill(20), "large": Fill(120)}, "cpu", repeats=3)
+    measured = side_by_side({"small": Fill(20), "large": Fill(120)}, repeats=3)
     pids = {entry.result[0] for entry in measured.values()}
     assert len(pids | {os.getpid()}) == 3
     assert measured["small"].peak == pytest.approx(20 * MIB, abs=4 * MIB)
@@ -53,7 +58,7 @@ def fail():
 
 def test_failure_in_a_process_is_seen():
     with pytest.raises(ValueError, match="cannot be prepared"):
-        side_by_side({"good": Fill(1), "bad": fail}, "cpu", repeats=1)
+        side_by_side({"good": Fill(1), "bad": fail}, repeats=1)
 
 
 def test_peak_is_that_of_the_work_and_not_what_stays():
@@ -79,6 +84,6 @@ def test_others_go_on_where_one_fails():
 
 
 def test_memory_that_is_held_already_is_told_apart():
-    measured = side_by_side({"work": Held(80)}, "cpu", repeats=1)["work"]
+    measured = side_by_side({"work": Held(80)}, repeats=1)["work"]
     assert measured.held > 80 * MIB
     assert measured.peak < 20 * MIB

@@ -196,9 +196,7 @@ def _scale(logit_scale: Tensor) -> Tensor:
     return torch.clamp(logit_scale, max=math.log(100)).exp()
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Bias, mask: Tensor | None, keep: bool = True
-) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Bias, mask: Tensor | None, keep: bool = True) -> Tensor:
     """Attention of `(images * windows, H, N, C)`, scores not scaled further."""
     if mask is None:
         out = biased_attention(query, key, value, bias, scale=1.0)

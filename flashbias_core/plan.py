@@ -14,6 +14,8 @@ from .errors import DeviceError, UnsupportedError
 
 BACKENDS = ("auto", "cpu", "triton")
 LONG = 1024  # keys
+FEW = 16  # queries
+PART = 512  # keys that a program gets at least where several share a tile's
 
 
 def backend(device: torch.device) -> str:
@@ -81,12 +83,23 @@ class Tiles:
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
-    `constants` are those of the kernel, and what else there is: LONG (`LONG` keys or more), DENSE (a dense bias),
-    ALLOWED (a boolean mask), SLOPES, and BARE (no slopes, and no mask but of lengths).
+    `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), LONG (`LONG` keys or
+    more), DENSE (a dense bias), ALLOWED (a boolean mask), POSITIONS (given ones, or ids of segments), SLOPES, and BARE
+    (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
-    return select(kind, torch.cuda.get_device_capability(device), dtype.itemsize, constants)
+    return select(kind, _capability(device), dtype.itemsize, constants)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers, at head dims up to
@@ -96,23 +109,34 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
 # without spills.
 TILES = {
     "hopper": {
-        "forward":           "64x64/4/3          128x64/8/3  128x64/8/3  64x32/8/2",
-        "forward bare":      "64x64/4/3/16/96    128x64/8/3  128x64/8/3  64x32/8/2",
-        "forward bare long": "64x128/4/3/16/168  128x64/8/3  128x64/8/3  64x32/8/2",
-        "forward long":      "64x128/4/3         128x64/8/3  128x64/8/3  64x32/8/2",
-        "forward slopes":    "64x64/4/3          128x64/8/3  128x64/8/3  64x32/8/2",
-        "forward dense":     "64x64/4/3/16/96    64x64/4/3   64x32/8/2   64x32/8/2",
-        "forward pairs":     "64x64/4/3          64x64/4/3   64x32/8/2   64x32/8/2",
-        "forward rank":  "128x64/8/3  128x64/8/3  64x32/4/2  64x32/8/2",
-        "queries":       "64x64/4/3   64x64/4/3   64x64/8/2  32x32/8/1",
-        "queries pairs": "64x64/4/3   64x64/4/2   64x32/8/2  32x32/8/1",
-        "queries rank":  "64x64/8/2   64x32/8/2   64x32/8/2  16x16/4/1/64",
-        "keys":          "32x128/4/3  32x128/8/3  32x64/8/2  32x32/8/1",
-        "keys pairs":    "32x128/4/3  32x128/8/3  32x64/8/2  16x16/4/1",
-        "keys rank":     "32x128/8/3  32x64/8/2   32x32/8/1  16x16/4/1/64",
-        "values":        "64x64/4/3   128x64/8/2  64x64/8/2  16x16/4/1",
+        "forward few pairs": "16x64/4/3          16x64/4/3         16x64/4/2   16x16/4/2",
+        "forward few":       "16x128/4/3         16x64/4/4         16x128/4/2  16x16/4/2",
+        "forward":           "64x64/4/3          128x64/8/3        128x64/8/3  64x32/8/2",
+        "forward bare":      "64x64/4/3/16/96    128x64/8/3        128x64/8/3  64x32/8/2",
+        "forward bare long": "64x128/4/3/16/168  128x64/8/3        128x64/8/3  64x32/8/2",
+        "forward long":      "64x128/4/3         128x64/8/3        128x64/8/3  64x32/8/2",
+        "forward slopes":    "64x64/4/3/16/112   64x64/4/3/16/168  64x64/4/3   64x32/8/2",
+        "forward dense":     "64x64/4/3/16/96    64x64/4/3         64x32/8/2   64x32/8/2",
+        "forward pairs":     "64x64/4/3          64x64/4/3         64x32/8/2   64x32/8/2",
+        "forward positions": "64x64/4/3          128x64/8/3        128x64/8/3  64x32/8/2",
+        "forward rank":      "128x64/8/3         128x64/8/3        64x32/4/2   64x32/8/2",
+        "queries":           "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2  32x32/8/1",
+        "queries slopes":    "64x64/4/3/16/168   64x64/4/3         128x64/8/2  32x32/8/1",
+        "queries dense":     "64x64/4/3          64x64/4/2         64x32/8/2   32x32/8/1",
+        "queries pairs":     "64x32/4/3          64x32/4/2         64x32/8/2   32x32/8/1",
+        "queries positions": "64x32/4/3          64x32/4/2         64x64/8/2   32x32/8/1",
+        "queries rank":      "64x32/4/3          64x32/8/2         64x32/8/2   16x16/4/1/64",
+        "keys":              "32x128/4/3         64x64/4/2         32x128/8/2  32x32/8/1",
+        "keys slopes":       "32x128/4/3         32x128/8/3        32x128/8/2  32x32/8/1",
+        "keys dense":        "32x128/4/3         32x128/8/3        32x64/8/2   16x16/4/1",
+        "keys pairs":        "32x64/4/3          32x128/8/3        32x64/8/2   16x16/4/1",
+        "keys positions":    "32x64/4/3          32x128/8/3        32x64/8/2   32x32/8/1",
+        "keys rank":         "32x64/4/3          32x64/8/2         32x32/8/1   16x16/4/1/64",
+        "values dense":      "64x64/4/3          128x64/8/2        64x64/8/2   16x16/4/1",
+        "values":            "64x64/4/2          64x64/4/2         64x64/8/2   16x16/4/1",
     },
     "blackwell": {
+        "forward few":  "16x64/4/2     16x64/4/2     16x32/4/2     16x16/4/1",
         "forward":      "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
         "queries":      "32x32/8/1/64  32x32/8/1/64  32x32/8/1/64  16x16/4/1/64",
         "queries rank": "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
@@ -120,17 +144,25 @@ TILES = {
         "values":       "32x32/4/2     32x32/4/2     32x32/8/1     16x16/4/1",
     },
     "ampere": {  # Ada and the small Blackwell too: they have Ampere's tensor cores, and less shared memory
-        "forward":      "64x64/4/2     64x64/4/2     64x32/4/2     32x32/4/2",
-        "forward rank": "128x64/8/2    128x64/8/2    32x32/4/2     32x32/4/2",
-        "queries":      "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
-        "keys":         "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
-        "values":       "32x32/4/2     32x32/4/2     32x32/4/2     16x16/4/1",
+        "forward few":    "16x64/4/2     16x64/4/2     16x32/4/2     16x16/4/1",
+        "forward":        "64x64/4/2     64x64/4/2     64x32/4/2     32x32/4/2",
+        "forward pairs":  "64x64/4/2     64x32/4/2     32x32/4/2     32x32/4/2",
+        "forward slopes": "64x64/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
+        "forward rank":   "128x64/8/2    128x64/8/2    16x32/4/2     32x32/4/2",
+        "queries":        "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
+        "queries rank":   "32x32/4/2/64  32x32/4/2/64  16x16/4/1/64  16x16/4/1/64",
+        "keys":           "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/4/1/64",
+        "keys rank":      "32x32/4/2/64  32x32/4/2/64  16x16/4/1/64  16x16/4/1/64",
+        "keys pairs":     "32x32/4/2/64  32x32/4/2/64  32x16/4/2/64  16x16/4/1/64",
+        "values":         "32x32/4/2     32x32/4/2     32x32/4/2     16x16/4/1",
     },
     "hopper fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
-        "forward":      "16x32/4/1     32x16/4/1     16x16/4/1     16x16/4/1",
+        "forward":      "32x32/2/2     32x32/4/1     32x32/4/1     16x16/4/1",
         "forward rank": "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",
-        "queries":      "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
-        "keys":         "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "queries":      "32x16/2/1/32  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "queries rank": "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "keys":         "16x32/2/1/32  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
+        "keys rank":    "16x16/4/1/64  16x16/4/1/64  16x16/4/1/64  16x16/4/1/64",
         "values":       "32x32/4/1     16x16/4/1     16x16/4/1     16x16/4/1",
     },
     "fp32": {
@@ -147,10 +179,14 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
     rows = TILES[family] if itemsize < 4 else TILES.get(f"{family} fp32", TILES["fp32"])
     width, rank = max(constants["WIDTH"], constants["WIDTH_V"]), constants["RANK"]
+    wide, pairs = rank > (32 if width <= 128 else 0), constants["DENSE"] or constants["ALLOWED"]
     traits = {
-        "rank": rank > (32 if width <= 128 else 0),
+        "few pairs": constants["FEW"] and (wide or pairs),
+        "few": constants["FEW"],
+        "rank": wide,
         "dense": constants["DENSE"] and constants["BARE"] and rank == 0,
-        "pairs": constants["DENSE"] or constants["ALLOWED"],
+        "pairs": pairs,
+        "positions": constants["POSITIONS"],
         "slopes": constants["SLOPES"],
         "bare long": constants["BARE"] and constants["LONG"],
         "long": constants["LONG"],
@@ -196,13 +232,17 @@ def has_descriptors(device: torch.device) -> bool:
     """Whether tiles can be read by tensor descriptors there: by hardware since sm_90, in triton since 3.4."""
     if _triton_version() < (3, 4):
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or _capability(device) >= (9, 0)
 
 
 def splits(programs: int, members: int, device: torch.device) -> int:
     """Into how many parts a sum over `members` is split, so that `programs` times as many fill the device."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(members, cdiv(4 * processors, programs)))
+    return max(1, min(members, cdiv(4 * _processors(device), programs)))
+
+
+def key_splits(programs: int, n_k: int, device: torch.device) -> int:
+    """Into how many parts the keys of a tile of queries are split, where `programs` tiles leave the device idle."""
+    return max(1, min(n_k // PART, 2 * _processors(device) // programs, 128)) if device.type == "cuda" else 1
 
 
 def width(size: int) -> int:

@@ -1,6 +1,6 @@
 """Attention, backward: scores are recomputed tile by tile, gradients summed in a fixed order, without atomics.
 
-With P the probabilities, `dS = P * (dP - delta + dLSE)` where `dP = dO V^T` and `delta_i = dO_i . O_i`
+With P the probabilities, `dS = P * (dP - delta)` where `dP = dO V^T` and `delta_i = dO_i . O_i - dLSE_i`
 (Dao, FlashAttention-2, 2023, algorithm 2). One kernel walks over the keys for each tile of queries, one over the
 queries for each tile of keys, and one, for the values of a dense bias, over all that shares a tile of them.
 """
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .terms import (
+    LOG2_E,
     add_distances,
     add_matrix,
     diagonal,
@@ -30,38 +31,47 @@ from .terms import (
 NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
 
 
-@triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads"])
+@triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads", "unit"])
 def delta_kernel(
-    d_out, out, delta, n_q, n_inner, n_heads, C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """`delta_i = dO_i . O_i`."""
+    d_out, d_lse, out, lse, delta, level, n_q, n_inner, n_heads, unit,
+    C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`delta_i = dO_i . O_i - dLSE_i`, and the level of a row, with which `probabilities` compares scores.
+
+    That is its LSE, over unit or times log2(e), but +inf where a row attends nowhere: its probabilities are 0 then.
+    """
+    EXACT: tl.constexpr = out.ptr.dtype.element_ty == tl.float32
     i_tile, i_bh, i_o, i_i, i_h, _ = program(tl.cdiv(n_q, BLOCK_M), n_inner, n_heads, 1)
     m_first = i_tile * BLOCK_M
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_out = load_rows(out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)
     o_row = m_first + tl.arange(0, BLOCK_M)
+    b_lse = tl.load(lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    if d_lse is not None:
+        b_delta -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
     tl.store(delta + i_bh * n_q + o_row, b_delta, mask=o_row < n_q)
+    b_level = tl.where(b_lse == float("-inf"), float("inf"), b_lse / unit if EXACT else b_lse * LOG2_E)
+    tl.store(level + i_bh * n_q + o_row, b_level, mask=o_row < n_q)
 
 
 @triton.jit
-def load_statistics(lse, low, delta, i_bh, o_row, n_q, unit):
-    """LSE over unit, +inf where a row attends nowhere, so that its probabilities are 0; its low part; and delta."""
-    b_lse = tl.load(lse + i_bh * n_q + o_row, mask=o_row < n_q, other=float("-inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse / unit)
-    b_low = tl.zeros_like(b_lse)
+def load_statistics(level, low, delta, i_bh, o_row, n_q):
+    """The level, its low part, and delta of rows; rows beyond the last have no probabilities."""
+    b_level = tl.load(level + i_bh * n_q + o_row, mask=o_row < n_q, other=float("inf"))
+    b_low = tl.zeros_like(b_level)
     if low is not None:
         b_low = tl.load(low + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
-    return b_lse, b_low, tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    return b_level, b_low, tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
 
 
 @triton.jit
-def probabilities(b_s, b_lse, b_low, unit, EXACT: tl.constexpr):
-    """Scores and LSE are near each other where it matters: their difference first, which is exact there."""
-    b_s = b_s - b_lse
+def probabilities(b_s, b_level, b_low, unit, EXACT: tl.constexpr):
+    """`exp(unit * s - LSE)`."""
     if EXACT:
-        b_s -= b_low
-    return exponential(b_s, unit, EXACT)
+        # Scores and level are near each other where it matters: their difference first, which is exact there.
+        return exponential(b_s - b_level - b_low, unit, True)
+    return tl.exp2(b_s * (unit * LOG2_E) - b_level)
 
 
 @triton.jit
@@ -76,22 +86,21 @@ def add_product(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.const
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
-    q, k, v, d_out, d_lse, lse, low, delta, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
+    q, k, v, d_out, level, low, delta, d_lse, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
+    EXCESS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted.
 
-    delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and P * (dP - delta) do not
-    quite sum to 1 and 0. Where the gradient is to be better than the dtype of the queries, this kernel takes the
-    excess out of what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to the kernels
-    after it.
+    delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1 and
+    dLSE. With EXCESS, for gradients that are to be better than the dtype of the queries, this kernel takes the excess
+    out of what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to those after it.
     """
     EXACT: tl.constexpr = low is not None
-    EXCESS: tl.constexpr = (EXACT or GRADIENT_RANK > 0) or d_slopes is not None  # triton 3.3 takes two at a time
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
     m_first = (n_tiles - 1 - i_tile) * BLOCK_M
@@ -105,9 +114,7 @@ def queries_kernel(
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
-    b_lse, _, b_delta = load_statistics(lse, None, delta, i_bh, o_row, n_q, unit)
-    if d_lse is not None:
-        b_d_lse = tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    b_level, _, b_delta = load_statistics(level, None, delta, i_bh, o_row, n_q)
     b_d_query = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     b_d_slopes = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
@@ -137,14 +144,12 @@ def queries_kernel(
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
             )
-            b_p = probabilities(b_s, b_lse[:, None], 0.0, unit, EXACT)
+            b_p = probabilities(b_s, b_level[:, None], 0.0, unit, EXACT)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
             b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if EXCESS:
                 b_excess += tl.sum(b_ds, 1)
-            if d_lse is not None:
-                b_ds += b_p * b_d_lse[:, None]
             if EXACT:
                 b_total += tl.sum(b_p, 1)
             if d_slopes is not None:
@@ -162,9 +167,10 @@ def queries_kernel(
                     gradient_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, GRADIENT_RANK, phase == 1
                 )
                 b_d_columns = add_product(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [M, N] @ [N, R]
-                b_mean_columns = tl.dot(
-                    b_p.to(b_columns.dtype), b_columns, b_mean_columns, input_precision=PRECISION
-                )  # [M, N] @ [N, R]
+                if EXCESS:
+                    b_mean_columns = tl.dot(
+                        b_p.to(b_columns.dtype), b_columns, b_mean_columns, input_precision=PRECISION
+                    )  # [M, N] @ [N, R]
 
     b_share = tl.full([BLOCK_M], 1.0, tl.float32)
     if EXACT:
@@ -172,6 +178,8 @@ def queries_kernel(
         b_excess *= b_share
         tl.store(low + i_bh * n_q + o_row, -tl.log(b_share) / unit, mask=o_row < n_q)
     if EXCESS:
+        if d_lse is not None:
+            b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
         tl.store(delta + i_bh * n_q + o_row, b_delta + b_excess, mask=o_row < n_q)
     p_row = i_bh * n_q + o_m
     if d_query is not None:
@@ -182,7 +190,8 @@ def queries_kernel(
         tl.store(d_query + p_row * C + o_c, b_d_query.to(d_query.dtype.element_ty), mask=(o_m < n_q) & (o_c < C))
     if GRADIENT_RANK > 0:
         o_r = tl.arange(0, GRADIENT_RANK)[None, :]
-        b_d_columns = (b_d_columns - b_excess[:, None] * b_mean_columns) * b_share[:, None]
+        if EXCESS:
+            b_d_columns = (b_d_columns - b_excess[:, None] * b_mean_columns) * b_share[:, None]
         tl.store(d_columns + p_row * GRADIENT_RANK + o_r, b_d_columns, mask=o_m < n_q)
     if d_slopes is not None:
         b_d_slopes = (b_d_slopes - b_excess * b_mean_distance) * b_share
@@ -191,7 +200,7 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def keys_kernel(
-    q, k, v, d_out, d_lse, lse, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
+    q, k, v, d_out, level, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -258,8 +267,8 @@ def keys_kernel(
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
             )
-            b_lse, b_low, b_delta = load_statistics(lse, low, delta, i_bh, o_row, n_q, unit)
-            b_p = probabilities(b_s, b_lse[None, :], b_low[None, :], unit, low is not None)
+            b_level, b_low, b_delta = load_statistics(level, low, delta, i_bh, o_row, n_q)
+            b_p = probabilities(b_s, b_level[None, :], b_low[None, :], unit, low is not None)
             b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
             if d_value is not None:
                 b_d_value = tl.dot(
@@ -270,8 +279,6 @@ def keys_kernel(
             else:
                 b_dp = tl.trans(dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION))
             b_ds = b_p * (b_dp - b_delta[None, :])
-            if d_lse is not None:
-                b_ds += b_p * tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)[None, :]
             if d_key is not None:
                 b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
             if GRADIENT_RANK > 0:
@@ -293,7 +300,7 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
-    q, k, v, d_out, d_lse, lse, low, delta, d_values, terms, masks, tiles,
+    q, k, v, d_out, level, low, delta, d_values, terms, masks, tiles,
     n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
@@ -360,14 +367,12 @@ def values_kernel(
         b_s = mask_scores(
             b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True
         )
-        b_lse, b_low, b_delta = load_statistics(lse, low, delta, i_bh, o_row, n_q, unit)
-        b_p = probabilities(b_s, b_lse[:, None], b_low[:, None], unit, low is not None)
+        b_level, b_low, b_delta = load_statistics(level, low, delta, i_bh, o_row, n_q)
+        b_p = probabilities(b_s, b_level[:, None], b_low[:, None], unit, low is not None)
         b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
         b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
         b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         b_d_values += b_p * (b_dp - b_delta[:, None])
-        if d_lse is not None:
-            b_d_values += b_p * tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)[:, None]
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)
     p_plane = d_values + (i_split * n_own + i_own).to(tl.int64) * (1 if ONE_ROW else n_q) * n_k

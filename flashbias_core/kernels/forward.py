@@ -1,4 +1,7 @@
-"""Attention, forward: one program for each tile of queries, walking over the keys with a running softmax."""
+"""Attention, forward: one program for each tile of queries, walking over the keys with a running softmax.
+
+Where the queries are too few to fill the device, several programs share a tile's keys; `combine_kernel` joins them.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,28 @@ from .terms import (
 )
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+@triton.jit(do_not_specialize=["n_splits", "n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def forward_kernel(
     q, k, v, out, lse, terms, masks, tiles,
-    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    n_splits, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
-    LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LONG: tl.constexpr, IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Output and LSE; with IN_PARTS those of one of `n_splits` parts of the keys, each in a plane of its own."""
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
     m_first = (n_tiles - 1 - i_tile) * BLOCK_M  # under a causal mask the longest first
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
+    begin = 0
+    if IN_PARTS:
+        part = tl.cdiv(tl.cdiv(end, BLOCK_N), n_splits) * BLOCK_N
+        begin = tl.program_id(1) * part
+        end = tl.minimum(end, begin + part)
+        whole = tl.maximum(tl.minimum(whole, end // BLOCK_N * BLOCK_N), begin)
     EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     # Softmax does not see what is constant along a row: where nothing but the keys' order counts, distances are those
     # to the tile's first row, and the part that a tile's entries have in common is not added to each of them.
@@ -58,7 +68,7 @@ def forward_kernel(
     to_log2 = unit * LOG2_E
 
     for phase in tl.static_range(2):
-        first = whole if phase == 1 else 0
+        first = whole if phase == 1 else begin
         last = end if phase == 1 else whole
         # A loop that is not entered would have started to load. Long rows do not feel it, and run out of registers.
         if LONG or first < last:
@@ -110,7 +120,28 @@ def forward_kernel(
         b_lse -= slope * unit * tl.arange(0, BLOCK_M)
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
 
+    if IN_PARTS:
+        i_bh += tl.program_id(1) * (tl.num_programs(0) // n_tiles).to(tl.int64)
     o_row = m_first + tl.arange(0, BLOCK_M)
     tl.store(lse + i_bh * n_q + o_row, b_lse, mask=o_row < n_q)
     o_c = tl.arange(0, WIDTH_V)[None, :]
     tl.store(out + (i_bh * n_q + o_m) * C_V + o_c, b_out.to(out.dtype.element_ty), mask=(o_m < n_q) & (o_c < C_V))
+
+
+@triton.jit(do_not_specialize=["n_splits"])
+def combine_kernel(
+    out_parts, lse_parts, out, lse, n_splits, C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Output and LSE of a row from those of the parts of its keys, `(n_splits, rows, Cv)` and `(n_splits, rows)`."""
+    i_row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    o_part = tl.arange(0, BLOCK)
+    o_c = tl.arange(0, WIDTH_V)
+    b_lse = tl.load(lse_parts + o_part * n_rows + i_row, mask=o_part < n_splits, other=float("-inf"))
+    largest = tl.max(b_lse, 0)
+    b_weight = tl.exp(b_lse - tl.where(largest == float("-inf"), 0.0, largest))
+    total = tl.sum(b_weight, 0)
+    p_out = out_parts + (o_part[:, None] * n_rows + i_row) * C_V + o_c[None, :]
+    b_out = tl.load(p_out, mask=(o_part[:, None] < n_splits) & (o_c[None, :] < C_V), other=0.0)
+    b_out = tl.sum(b_out * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(lse + i_row, tl.where(total == 0.0, float("-inf"), largest + tl.log(total)))
+    tl.store(out + i_row * C_V + o_c, b_out.to(out.dtype.element_ty), mask=o_c < C_V)

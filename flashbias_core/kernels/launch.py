@@ -1,10 +1,9 @@
-"""From operands to launches: layout, columns, tiles, and the order of the kernels."""
+"""From operands to launches: the order of the kernels, and what comes of them."""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,112 +12,14 @@ from torch import Tensor
 from flashbias import plan
 from flashbias.operands import Operands
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # triton 3.3 has none that the host can make
-    TensorDescriptor = None
-
 from .backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
-from .columns import gradient_columns, score_columns
-from .forward import forward_kernel
-from .layout import Layout, reduce_to
-from .terms import Block, Masks, Terms
+from .call import Call, prepare
+from .columns import GradientColumns, gradient_columns
+from .forward import combine_kernel, forward_kernel
+from .layout import reduce_to
+from .terms import Block
 
-DELTA_ROWS = 64
-
-
-@dataclass
-class Call:
-    """What all kernels of one call take."""
-
-    layout: Layout
-    q: Block
-    k: Block
-    v: Block
-    planes: Tensor | None
-    sizes: dict[str, Any]
-    constants: dict[str, Any]
-
-    @property
-    def long(self) -> bool:
-        """Whether rows are long."""
-        return self.sizes["n_k"] >= plan.LONG
-
-    def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
-        """The tiles of a kernel for this call."""
-        terms, masks = self.sizes["terms"], self.sizes["masks"]
-        traits = {
-            "LONG": self.long,
-            "DENSE": terms.matrix is not None,
-            "ALLOWED": masks.allowed is not None,
-            "SLOPES": terms.slopes is not None,
-        }
-        masked = self.constants["CAUSAL"] or traits["ALLOWED"] or masks.q_ids is not None
-        traits["BARE"] = not (masked or traits["SLOPES"])
-        return plan.tiles(kind, query.device, query.dtype, self.constants | traits)
-
-    def descriptor(self, tiles: plan.Tiles) -> Any:
-        """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
-        if self.planes is None:
-            return None
-        return TensorDescriptor.from_tensor(self.planes, [1, tiles.block_m, tiles.block_n])
-
-
-def prepare(
-    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, *, values_gradient: bool = False
-) -> Call:
-    """The blocks and constants of a call."""
-    heads, n_q, c = query.shape[-3:]
-    n_k, c_v = value.shape[-2:]
-    columns = None
-    if operands.q_factor is not None and operands.k_factor is not None:
-        columns = score_columns(operands.q_factor, operands.k_factor, query.dtype, scale)
-    o = operands
-    q_columns, k_columns = (columns.q, columns.k) if columns else (None, None)
-    values = None if o.values is None else _aligned(o.values)
-    planes = None if values is None else _planes(values)
-    allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
-    if allowed is not None and allowed.stride(-1) != 1:
-        allowed = allowed.contiguous()
-    vectors = [(query, 3), (key, 3), (value, 3), (q_columns, 3), (k_columns, 3), (o.slopes, 1), (o.q_positions, 1)]
-    vectors += [(o.k_positions, 1), (o.offsets, 0), (o.lengths, 0), (o.q_ids, 1), (o.k_ids, 1)]
-    matrices = [(values, 3), (allowed, 3)]
-    if values_gradient and o.values is not None:
-        # The gradient is laid out by the shape of the values, whatever their strides.
-        matrices.append((torch.empty(o.values.shape, device="meta"), 3))
-    layout = Layout(query.shape[:-3], heads, vectors, matrices)
-
-    def block(tensor: Tensor | None, **flags: bool) -> Block | None:
-        return None if tensor is None else layout.block(tensor, **flags)
-
-    per_position = {"head": False, "row": True, "column": False}
-    per_batch = {"head": False, "row": False, "column": False}
-    terms = Terms(
-        block(q_columns),
-        block(k_columns),
-        block(o.slopes, row=False, column=False),
-        block(_positions(o.q_positions), **per_position),
-        block(_positions(o.k_positions), **per_position),
-        block(values) if values is None or planes is None else _count_planes(layout.block(values), planes),
-    )
-    masks = Masks(
-        block(o.offsets, **per_batch),
-        block(o.lengths, **per_batch),
-        block(o.q_ids, **per_position),
-        block(o.k_ids, **per_position),
-        block(allowed),
-    )
-    rank = 0 if columns is None else columns.k.shape[-1]
-    sizes = {
-        "terms": terms, "masks": masks, "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads,
-        "group": heads // max(key.shape[-3], 1), "offset": o.offset, "unit": scale,
-    }  # fmt: skip
-    constants = {
-        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
-        "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
-        "SYMMETRIC": o.symmetric, "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), query.device),
-    }  # fmt: skip
-    return Call(layout, layout.block(query), layout.block(key), layout.block(value), planes, sizes, constants)
+DELTA_ROWS = 32
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -129,19 +30,21 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
         return out.zero_(), lse.fill_(-torch.inf)
     call = prepare(query, key, value, operands, scale)
     tiles = call.tiles("forward", query)
+    programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
+    splits = plan.key_splits(programs, key.shape[-2], query.device)
+    parts = out, lse
+    if splits > 1:
+        parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
     with _on(query):
-        forward_kernel[(plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(),)](
-            call.q,
-            call.k,
-            call.v,
-            out,
-            lse,
-            tiles=call.descriptor(tiles),
-            LONG=call.long,
-            **call.sizes,
-            **call.constants,
-            **tiles.options(),
-        )
+        forward_kernel[(programs, splits)](
+            call.q, call.k, call.v, *parts, tiles=call.descriptor(tiles), n_splits=splits,
+            LONG=call.long, IN_PARTS=splits > 1, **call.sizes, **call.constants, **tiles.options(),
+        )  # fmt: skip
+        if splits > 1:
+            combine_kernel[(lse.numel(),)](
+                *parts, out, lse, splits, C_V=value.shape[-1], WIDTH_V=call.constants["WIDTH_V"],
+                BLOCK=1 << (splits - 1).bit_length(),
+            )  # fmt: skip
     return out, lse
 
 
@@ -157,7 +60,7 @@ def backward(
     scale: float,
     names: set[str],
 ) -> dict[str, Tensor]:
-    """Gradients of the inputs in `names`, in their shapes. No atomics: what is shared is summed in a fixed order."""
+    """Gradients of the inputs in `names`, in their shapes. What is shared or broadcast is summed in a fixed order."""
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     if out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
@@ -166,65 +69,94 @@ def backward(
     delta = torch.empty_like(lse)
     low = torch.zeros_like(lse) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
-    statistics = {"d_out": call.layout.block(grad_out), "d_lse": d_lse, "lse": lse, "low": low, "delta": delta}
+    level = torch.empty_like(lse)
+    statistics = {"d_out": call.layout.block(grad_out), "level": level, "low": low, "delta": delta}
+    inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
+    better = low is not None or "slopes" in names or (inexact and bool(names & {"q_factor", "k_factor"}))
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         delta_kernel[(plan.cdiv(query.shape[-2], DELTA_ROWS) * rows,)](
-            statistics["d_out"], call.layout.block(out), delta,
-            query.shape[-2], call.layout.inner, query.shape[-3], C_V=out.shape[-1],
+            statistics["d_out"], d_lse, call.layout.block(out), lse, delta, level,
+            query.shape[-2], call.layout.inner, query.shape[-3], scale, C_V=out.shape[-1],
             WIDTH_V=call.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
         # First the queries' side, which improves the statistics for the others where their gradients need it.
-        if names & {"query", "slopes", "q_factor", "k_factor"} or low is not None:
-            made = {
-                "d_query": torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None,
-                "d_slopes": torch.empty_like(lse) if "slopes" in names else None,
-            }
-            factor = operands.k_factor if "q_factor" in names else None
-            gradients["q_factor"] = _walk(
-                queries_kernel, "queries", query, query.shape[-2], factor, call, made, statistics
-            )
-            gradients["query"] = made["d_query"]
-            gradients["slopes"] = None if made["d_slopes"] is None else made["d_slopes"].sum(-1, dtype=torch.float64)
+        if better or names & {"query", "q_factor"}:
+            gradients |= _query_side(query, operands.k_factor, d_lse, names, call, statistics, better)
         if names & {"key", "value", "k_factor"}:
-            made = {
-                "d_key": _per_head(query, key) if "key" in names else None,
-                "d_value": _per_head(query, value) if "value" in names else None,
-            }
-            factor = operands.q_factor if "k_factor" in names else None
-            gradients["k_factor"] = _walk(keys_kernel, "keys", query, key.shape[-2], factor, call, made, statistics)
-            gradients["key"] = _sum_groups(made["d_key"], key)
-            gradients["value"] = _sum_groups(made["d_value"], value)
+            gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
         if "values" in names and operands.values is not None:
             gradients["values"] = _values_gradient(query, key.shape[-2], operands.values, call, statistics)
+    gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
 
 
-def _walk(
-    kernel: Any, kind: str, query: Tensor, n_rows: int, factor: Tensor | None, call: Call,
-    made: dict[str, Tensor | None], statistics: dict[str, Any],
-) -> Tensor | None:  # fmt: skip
-    """Launch a kernel that fills the tensors `made`, and return the gradient of the factor opposite to `factor`.
-
-    That gradient is as wide as `factor` has columns: beyond a slice of them, the kernel runs again for the next.
-    """
-    tiles = call.tiles(kind, query)
-    side = None if factor is None else gradient_columns(factor, query.dtype, tiles.columns)
+def _query_side(
+    query: Tensor, k_factor: Tensor | None, d_lse: Tensor | None, names: set[str], call: Call,
+    statistics: dict[str, Any], better: bool,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """Gradients of queries, of their factor and of the slopes; `better` than the dtype of the queries is."""
+    tiles = call.tiles("queries", query)
+    side = _columns(k_factor if "q_factor" in names else None, query, tiles)
+    d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
+    d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
+    made: dict[str, Tensor | None] = {"d_query": d_query, "d_slopes": d_slopes}
     parts = []
-    for start, stop in plan.slices(0 if side is None else side.columns.shape[-1]):
-        columns, d_columns = None, None
-        if side is not None:
-            columns = call.layout.block(side.columns[..., start:stop])
-            d_columns = query.new_empty((*query.shape[:-2], n_rows, stop - start), dtype=torch.float32)
-            parts.append(d_columns)
-        constants = call.constants | {"GRADIENT_RANK": stop - start, "SPLIT": side is not None and side.parts == 2}
-        block = tiles.block_m if kind == "queries" else tiles.block_n
-        kernel[(plan.cdiv(n_rows, block) * query.shape[:-2].numel(),)](
-            call.q, call.k, call.v, d_columns=d_columns, gradient_columns=columns, **made, **statistics, **call.sizes,
-            **constants, **tiles.options(), tiles=call.descriptor(tiles),
+    for start, stop in _slices(side):
+        parts.append(query.new_empty((*query.shape[:-1], stop - start), dtype=torch.float32))
+        queries_kernel[(plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(),)](
+            call.q, call.k, call.v, **made, d_lse=d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
+            gradient_columns=_block(side, start, stop, call), tiles=call.descriptor(tiles),
+            GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
+            **statistics, **call.sizes, **call.constants, **tiles.options(),
         )  # fmt: skip
         made = dict.fromkeys(made)
-    return None if side is None else side.combine(torch.cat(parts, -1))
+    slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
+    return {
+        "query": d_query,
+        "slopes": slopes,
+        "q_factor": None if side is None else side.combine(torch.cat(parts, -1)),
+    }
+
+
+def _key_side(
+    query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor | None, names: set[str], call: Call,
+    statistics: dict[str, Any],
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """Gradients of keys and values for each query head, and of their factor."""
+    tiles = call.tiles("keys", query)
+    side = _columns(q_factor if "k_factor" in names else None, query, tiles)
+    d_key = _per_head(query, key) if "key" in names else None
+    d_value = _per_head(query, value) if "value" in names else None
+    made: dict[str, Tensor | None] = {"d_key": d_key, "d_value": d_value}
+    parts = []
+    for start, stop in _slices(side):
+        parts.append(query.new_empty((*query.shape[:-2], key.shape[-2], stop - start), dtype=torch.float32))
+        keys_kernel[(plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(),)](
+            call.q, call.k, call.v, **made, d_columns=parts[-1] if stop else None,
+            gradient_columns=_block(side, start, stop, call), tiles=call.descriptor(tiles),
+            GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
+            **statistics, **call.sizes, **call.constants, **tiles.options(),
+        )  # fmt: skip
+        made = dict.fromkeys(made)
+    return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(torch.cat(parts, -1))}
+
+
+def _columns(factor: Tensor | None, query: Tensor, tiles: plan.Tiles) -> GradientColumns | None:
+    return None if factor is None else gradient_columns(factor, query.dtype, tiles.columns)
+
+
+def _slices(side: GradientColumns | None) -> list[tuple[int, int]]:
+    """A kernel takes as many columns at a time, and runs again for the next."""
+    return plan.slices(0 if side is None else side.columns.shape[-1])
+
+
+def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> Block | None:
+    return None if side is None else call.layout.block(side.columns[..., start:stop])
+
+
+def _is_split(side: GradientColumns | None) -> bool:
+    return side is not None and side.parts == 2
 
 
 def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statistics: dict[str, Any]) -> Tensor:
@@ -260,45 +192,7 @@ def _sum_groups(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
     return gradient.unflatten(-3, (tensor.shape[-3], -1)).sum(-3)
 
 
-def _positions(positions: Tensor | None) -> Tensor | None:
-    """Positions in a dtype in which differences do not wrap around."""
-    if positions is None or positions.dtype in (torch.int32, torch.int64, torch.float32, torch.float64):
-        return positions
-    return positions.float() if positions.is_floating_point() else positions.int()
-
-
-def _aligned(values: Tensor) -> Tensor:
-    """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower.
-
-    What was expanded in batch or heads is taken back to size 1.
-    """
-    for dim in range(values.dim() - 2):
-        if values.stride(dim) == 0:
-            values = values.narrow(dim, 0, 1)
-    step = 16 // values.element_size()
-    strides = [stride for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True) if size > 1]
-    if values.stride(-1) == 1 and values.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
-        return values
-    n_k = values.shape[-1]
-    padded = values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k]
-    return padded.copy_(values)
-
-
-def _planes(values: Tensor) -> Tensor | None:
-    """Values as a stack of planes `(planes, rows, columns)`, where a tensor descriptor can read them; else None."""
-    if values.shape[-2] == 1 or not plan.has_descriptors(values.device):
-        return None
-    planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
-    in_place = planes.data_ptr() == values.data_ptr()  # batch dimensions that do not lie in one line are copied
-    return planes if in_place else None
-
-
-def _count_planes(values: Block, planes: Tensor) -> Block:
-    """The block of values with strides in planes; rows and columns are the descriptor's."""
-    outer, inner, head, _ = (stride // max(planes.stride(0), 1) for stride in values.stride)
-    return Block(values.ptr, (outer, inner, head, 0))
-
-
 def _on(query: Tensor) -> AbstractContextManager[Any]:
     """The device of the tensors as the current one."""
-    return torch.cuda.device(query.device) if query.is_cuda else nullcontext()
+    elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
+    return torch.cuda.device(query.device) if elsewhere else nullcontext()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, check, ids, pairwise
 
+from flashbias import plan
+
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 product is wrong.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
@@ -81,6 +83,34 @@ HEAD_DIMS = pairwise(
 @pytest.mark.parametrize("case", HEAD_DIMS, ids=ids(HEAD_DIMS))
 def test_accuracy_of_every_head_dim(case: Case, device: str) -> None:
     check(case, device)
+
+
+PARTS = pairwise(
+    axis(bias=("none", "alibi", "dense", "factored_fp32", "factored+alibi")),
+    axis(mask=("none", "causal", "causal_early", "lengths", "segments")),
+    axis(dtype=DTYPES),
+    [{"n_q": 1, "n_k": 129}, {"n_q": 5, "n_k": 64}, {"n_q": 40, "n_k": 97}, {"n_q": 1, "n_k": 3}],
+    axis(cotangents=("both", "out", "lse")),
+)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("case", PARTS, ids=ids(PARTS))
+def test_programs_share_the_keys_of_a_tile(
+    case: Case, splits: int, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(plan, "key_splits", lambda *args: splits)
+    check(case, device)
+
+
+def test_keys_are_shared_where_queries_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_processors", lambda device: 100)
+    device = torch.device("cuda")
+    assert plan.key_splits(8, 32768, device) == 25
+    assert plan.key_splits(8, 1024, device) == 2  # no less than `plan.PART` keys for each
+    assert plan.key_splits(1, 10**6, device) == 128
+    assert plan.key_splits(101, 32768, device) == 1
+    assert plan.key_splits(8, 100, device) == 1
 
 
 LENGTHS = [*((n, n) for n in (1, 15, 17, 127, 129, 1000)), (17, 1000), (1000, 129), (1, 1000)]

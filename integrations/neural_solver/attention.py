@@ -49,11 +49,12 @@ def attention(module: Any, x: Tensor, q_bias: Tensor, k_bias: Tensor, precision:
         weight = module.pos_weight(x.to(module.pos_weight.weight.dtype).unflatten(-1, by_head)).float()
         q_factor = (weight * q_bias.float()).transpose(1, 2)  # (B, H, N, R)
         k_factor = k_bias.float().transpose(1, 2)  # (B, 1, N, R)
-        out = _attend(_dtype(x, precision), query, key, value, q_factor, k_factor, module.scale)
+        out = _attend(dtype_of(x, precision), query, key, value, q_factor, k_factor, module.scale)
     return module.to_out(out.to(x.dtype).transpose(1, 2).flatten(2))
 
 
-def _dtype(x: Tensor, precision: str) -> torch.dtype:
+def dtype_of(x: Tensor, precision: str) -> torch.dtype:
+    """The dtype of queries, keys and values for an input `(B, N, dim)`."""
     if precision != "auto":
         return DTYPES[precision]
     if not x.is_cuda:

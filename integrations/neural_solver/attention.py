@@ -62,12 +62,12 @@ def dtype_of(x: Tensor, precision: str) -> torch.dtype:
     return torch.float16 if x.shape[1] <= MOST_IN_HALF else torch.bfloat16
 
 
-def _attend(dtype: torch.dtype, *tensors: Any) -> Tensor:
-    *tensors, scale = tensors
+def _attend(
+    dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float
+) -> Tensor:
     if dtype == torch.float16 and torch.is_grad_enabled():
-        return in_half(_operator, tensors, scale)
-    query, key, value, *factors = tensors
-    return _operator(query.to(dtype), key.to(dtype), value.to(dtype), *factors, scale)
+        return in_half(_operator, (query, key, value, q_factor, k_factor), scale)
+    return _operator(query.to(dtype), key.to(dtype), value.to(dtype), q_factor, k_factor, scale)
 
 
 def _operator(query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> Tensor:

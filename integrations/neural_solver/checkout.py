@@ -53,7 +53,9 @@ def find(folder: Path | str) -> Path:
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the host's kernels, and has them imported where they cannot be compiled."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != attention.KERNELS or torch.cuda.is_available():
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -77,7 +79,9 @@ class _Loader(importlib.abc.Loader):
         try:
             self._loader.exec_module(module)
         except Exception as error:  # what triton raises without a driver depends on its version
-            logger.warning(f"neural_solver: {attention.KERNELS} cannot be imported here ({error}); flashbias stands in for it")
+            logger.warning(
+                f"neural_solver: {attention.KERNELS} cannot be imported here ({error}); flashbias stands in for it"
+            )
             module.flash_bias_func = _StandIn.apply  # type: ignore[attr-defined]
 
 
@@ -127,16 +131,16 @@ class _Stay:
             logger.warning(f"neural_solver: no GPU: .cuda() in {folder} leaves everything on the CPU")
             for owner in (torch.Tensor, torch.nn.Module):
                 self._replaced[owner] = (vars(owner).get("cuda"), _staying(owner.cuda, folder))
-                owner.cuda = self._replaced[owner][1]  # type: ignore[method-assign, assignment]
+                setattr(owner, "cuda", self._replaced[owner][1])  # noqa: B010 - a type checker would refuse the other
 
     def restore(self) -> None:
         for owner, (original, ours) in self._replaced.items():
             if vars(owner).get("cuda") is not ours:
                 continue  # somebody has replaced it since
             if original is None:  # inherited
-                del owner.cuda
+                delattr(owner, "cuda")
             else:
-                owner.cuda = original
+                setattr(owner, "cuda", original)  # noqa: B010
         self._replaced.clear()
 
 

@@ -4,8 +4,8 @@
 
 writes for each body a folder `training_data/paramF/NAME`, empty but for its name, and `preprocessed_data/paramF/NAME`
 with `pos.npy` `(N, 3)`, `x.npy` `(N, 7)` (position, distance to the body, direction away from it), `y.npy` `(N, 4)`
-(velocity, pressure), `surf.npy` `(N,)` and `edge_index.npy` `(2, E)`. The 32,186 points are those of the real data: 3,682
-on the body and the others around it.
+(velocity, pressure), `surf.npy` `(N,)` and `edge_index.npy` `(2, E)`. There are 32,186 points, as in the real data:
+3,682 on the body and the others around it.
 
 The flow is made up, not solved: the stream ahead, made tangential to the body near it, and Bernoulli's pressure.
 Metres; x points along the car, y up, z across it, as there.
@@ -50,7 +50,7 @@ def surface(points: int, generator: Any) -> tuple[Any, Any]:
 def sample(generator: Any, on_body: int = SURFACE, around: int = AROUND) -> dict[str, Any]:
     """One body with the air around it: the arrays of its files by their names."""
     import numpy as np
-    from sklearn.neighbors import NearestNeighbors
+    from sklearn.neighbors import NearestNeighbors  # type: ignore[import-untyped]
 
     body, normal = surface(on_body, generator)
     low, high = body.min(0), body.max(0)
@@ -81,9 +81,7 @@ def sample(generator: Any, on_body: int = SURFACE, around: int = AROUND) -> dict
     }
 
 
-def prepare(
-    folder: Path, bodies: int, seed: int = 0, on_step: Callable[[], Any] = lambda: None, **points: int
-) -> None:
+def prepare(folder: Path, bodies: int, seed: int = 0, on_step: Callable[[], Any] = lambda: None, **points: int) -> None:
     """Make data of that many bodies in nine folds, of which the library keeps the first for evaluation.
 
     Raises `DataError` where there are data.

@@ -42,9 +42,17 @@ def car_data(
 
 
 @app.command()
+def stand_ins(folder: Annotated[Path, typer.Argument(help="To be put on PYTHONPATH.")]) -> None:
+    """Write empty packages for requirements of run.py that are not installed and that elasticity does not use."""
+    from .stand_ins import write
+
+    print(json.dumps({"folder": str(folder), "packages": write(folder)}))
+
+
+@app.command()
 def elasticity(
     data: Annotated[Path, typer.Argument(help="A folder with data, real or made by elasticity-data.")],
-    variant: Annotated[list[str] | None, typer.Option(help="Names, repeated; by default exact, half, flashbias.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Names, repeated; three by default.")] = None,
     train: Annotated[int, typer.Option(min=1, help="Samples to train on.")] = 500,
     test: Annotated[int, typer.Option(min=1, help="Samples to evaluate on.")] = 100,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the samples.")] = 20,

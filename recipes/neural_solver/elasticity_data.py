@@ -49,8 +49,8 @@ def mesh_points(generator: Any, around: int = AROUND, across: int = ACROSS) -> A
 def stress(points: Any) -> Any:
     """Von Mises stress `(across * around,)` at the points of `mesh_points`."""
     import numpy as np
-    import skfem
-    from skfem.helpers import ddot, eye, sym_grad, trace
+    import skfem  # type: ignore[import-untyped]
+    from skfem.helpers import ddot, eye, sym_grad, trace  # type: ignore[import-untyped]
 
     across, around = points.shape[:2]
     number = np.arange(across * around).reshape(across, around)

@@ -115,7 +115,11 @@ def compare(
                 made = problem.answers(found[name], mode)
                 error = _distance(made, exact) if made.shape == exact.shape else None
                 row |= measure(problem, found[name], mode, device, repeats)
-                row |= {"error": error, "error_of_rounding": least, "accurate": error is not None and error <= 2 * least + 1e-5}
+                row |= {
+                    "error": error,
+                    "error_of_rounding": least,
+                    "accurate": error is not None and error <= 2 * least + 1e-5,
+                }
                 say(f"{name}, {mode}: {row['ms']:.2f} ms, {row['peak_gb']:.2f} GB, error {error}")
             except Exception as error:
                 row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
@@ -168,7 +172,13 @@ def measure(problem: Case, variant: Variant, mode: str, device: str, repeats: in
     times += () if times else _times(step, device, repeats if first < ENOUGH else 1)
     median = sorted(times)[len(times) // 2]
     memory = (held + rise) / 1e9
-    return {"ms": median * 1e3, "fastest": min(times) * 1e3, "slowest": max(times) * 1e3, "calls": len(times), "peak_gb": memory}
+    return {
+        "ms": median * 1e3,
+        "fastest": min(times) * 1e3,
+        "slowest": max(times) * 1e3,
+        "calls": len(times),
+        "peak_gb": memory,
+    }
 
 
 def _times(step: Callable[[], Any], device: str, repeats: int) -> Iterator[float]:
@@ -184,11 +194,11 @@ def check(problem: Case) -> dict[str, Any]:
     """The first layer's attention on some rows, against float64, and against what fp16 features cost at best."""
     from flashbias.integrations.neural_solver import attention
 
-    model = problem.model(variants()[OURS])
-    layer: Any = model.blocks[0].Attn  # type: ignore[union-attr, index]
+    model: Any = problem.model(variants()[OURS])
+    layer = model.blocks[0].Attn
     with torch.no_grad():
-        x = model.preprocess(torch.cat((problem.points, problem.features), -1)) + model.placeholder  # type: ignore
-        x = model.blocks[0].ln_1(x)  # type: ignore[union-attr, index]
+        x = model.preprocess(torch.cat((problem.points, problem.features), -1)) + model.placeholder
+        x = model.blocks[0].ln_1(x)
         query, key, value, weight = layer.projected(x)
         rows = torch.linspace(0, query.shape[2] - 1, CHECKED, device=x.device).long()
         points = problem.points.double()

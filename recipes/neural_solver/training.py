@@ -128,13 +128,11 @@ def train(name: str, plan: Plan, device: str, rows: Rows, say: Callable[[str], N
 
         for epoch in range(plan.epochs):
             batches = list(plates.batches(plan.batch, torch.randperm(plan.train, generator=shuffle)))
+            losses: list[Tensor] = []
             memory = None
             if epoch == 0:  # what is compiled at a first call belongs to no measurement
-                before = held_memory(device)
-                first, rise = peak_memory(lambda batch=batches.pop(0): step(*batch), device)
-                losses, memory = [first], (before * device.startswith("cuda") + rise) / 1e9
-            else:
-                losses = []
+                loss, memory = _first(step, batches.pop(0), device)
+                losses.append(loss)
             _wait(device)
             started = time.perf_counter()
             losses += [step(*batch) for batch in batches]
@@ -142,13 +140,20 @@ def train(name: str, plan: Plan, device: str, rows: Rows, say: Callable[[str], N
             seconds = (time.perf_counter() - started) / max(1, len(batches))
             scheduler.step()
             error = evaluate(model, others, plan.batch)
-            loss = float(torch.stack(losses).sum()) / plan.train
+            mean = float(torch.stack(losses).sum()) / plan.train
             rows.add(
                 {"variant": name, "layers": plan.shape.layers, "points": plates.points.shape[1], "train": plan.train,
                  "test": plan.test, "batch": plan.batch, "epochs": plan.epochs, "seed": plan.seed, "epoch": epoch + 1,
-                 "train_loss": loss, "relative_l2": error, "ms_per_iteration": seconds * 1e3, "peak_gb": memory}
+                 "train_loss": mean, "relative_l2": error, "ms_per_iteration": seconds * 1e3, "peak_gb": memory}
             )  # fmt: skip
-            say(f"{name}, epoch {epoch + 1}: loss {loss:.4f}, relative L2 {error:.4f}, {seconds * 1e3:.1f} ms")
+            say(f"{name}, epoch {epoch + 1}: loss {mean:.4f}, relative L2 {error:.4f}, {seconds * 1e3:.1f} ms")
+
+
+def _first(step: Callable[..., Tensor], batch: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, float]:
+    """The loss, and the memory in 10^9 bytes: all that is allocated on a GPU, the rise on a CPU."""
+    before = held_memory(device) if device.startswith("cuda") else 0
+    loss, rise = peak_memory(lambda: step(*batch), device)
+    return loss, (before + rise) / 1e9
 
 
 def evaluate(model: nn.Module, plates: Plates, batch: int) -> float:
@@ -187,6 +192,8 @@ def summary(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
         times = sorted(float(row["ms_per_iteration"]) for row in own)
         memory = next((float(row["peak_gb"]) for row in own if row["peak_gb"]), None)
         last = own[-1]
-        found.append({"variant": name, "epochs": int(last["epoch"]), "relative_l2": float(last["relative_l2"]),
-                      "train_loss": float(last["train_loss"]), "ms": times[len(times) // 2], "peak_gb": memory})  # fmt: skip
+        errors = {column: float(last[column]) for column in ("relative_l2", "train_loss")}
+        found.append(
+            {"variant": name, "epochs": int(last["epoch"])} | errors | {"ms": times[len(times) // 2], "peak_gb": memory}
+        )
     return found

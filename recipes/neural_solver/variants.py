@@ -153,7 +153,10 @@ def cudnn_joined(layer: Attention, x: Tensor, points: Tensor) -> Tensor:
     q_factor, k_factor = torch.cat((2 * w * r, -w), -1), torch.cat((r, square), -1)  # less what is constant along rows
     q_high, k_high = q_factor.half(), k_factor.half()
     q_low, k_low = (q_factor - q_high).half(), (k_factor - k_high).half()
-    join = [(query.half(), q_high, q_high, q_low), (key.half(), *(_per_head(k, layer) for k in (k_high, k_low, k_high)))]
+    join = [
+        (query.half(), q_high, q_high, q_low),
+        (key.half(), *(_per_head(k, layer) for k in (k_high, k_low, k_high))),
+    ]
     query, key = (torch.cat(parts, -1) for parts in join)
     query, key = (F.pad(tensor, (0, -tensor.shape[-1] % 8)) for tensor in (query, key))
     value = F.pad(value.half(), (0, query.shape[-1] - value.shape[-1]))

@@ -16,7 +16,9 @@ EPS = 2.0**-23  # of fp32
 def by_the_book(attention, x, points):
     """Attention with exact distances, in the dtype of x; and the scores' bias."""
     by_head = (attention.heads, attention.dim_head)
-    query, key, value = (f(x).unflatten(-1, by_head).transpose(1, 2) for f in (attention.to_q, attention.to_k, attention.to_v))
+    query, key, value = (
+        f(x).unflatten(-1, by_head).transpose(1, 2) for f in (attention.to_q, attention.to_k, attention.to_v)
+    )
     weight = attention.pos_weight(x.unflatten(-1, by_head)).transpose(1, 2)
     bias = -weight * (points[:, :, None] - points[:, None]).square().sum(-1)[:, None]
     out = (query @ key.mT * attention.scale + bias).softmax(-1) @ value
@@ -188,9 +190,7 @@ def test_whole_model_trains_like_the_exact_one(neural_solver, host, make_model, 
     found = losses(model, points)
     with monkeypatch.context() as context:
         context.setattr(host.Model, "get_matrix", lambda self, points: (points, points))
-        context.setattr(
-            host.Spatial_Bias_Attention, "forward", lambda self, x, points, _: by_the_book(self, x, points)
-        )
+        context.setattr(host.Spatial_Bias_Attention, "forward", lambda self, x, points, _: by_the_book(self, x, points))
         oracle = losses(double, points.double())
     assert found[-1] < found[0]
     assert found == pytest.approx(oracle, rel=1e-5 if DEVICE == "cpu" else 1e-3)

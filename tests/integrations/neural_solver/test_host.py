@@ -92,7 +92,7 @@ def test_like_the_hosts_own_code_on_a_body_at_the_origin(neural_solver, make_mod
     with torch.no_grad():
         ours = attention(x, *factors)
         with stock():
-            theirs = attention(x, *factors) if DEVICE == "cuda" or CHECKOUT == str(STAND_IN) else None
+            theirs = attention(x, *factors) if DEVICE == "cuda" or str(STAND_IN) == CHECKOUT else None
     if theirs is not None:  # a real checkout's kernel runs on a GPU only
         assert not torch.equal(ours, theirs)
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
@@ -211,7 +211,9 @@ def test_folder_that_is_no_checkout(neural_solver, tmp_path):
 
 
 def test_changed_signature_is_refused(neural_solver, load, checkout):
-    folder = checkout(SOURCE.replace("def forward(self, x, q_bias, k_bias)", "def forward(self, x, q_bias, k_bias, rope)"))
+    folder = checkout(
+        SOURCE.replace("def forward(self, x, q_bias, k_bias)", "def forward(self, x, q_bias, k_bias, rope)")
+    )
     with pytest.warns(PatchWarning, match="rope"):
         load(folder)
     with pytest.raises(SignatureChangedError, match="rope"):

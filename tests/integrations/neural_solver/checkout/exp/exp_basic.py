@@ -4,7 +4,7 @@ import torch
 from models.Transformer_Spatial_Bias import Model
 
 
-class Exp_Basic:  # noqa: N801 - the host's name
+class Exp_Basic:
     def __init__(self, args):
         self.args = args
         self.model = Model(args).cuda()

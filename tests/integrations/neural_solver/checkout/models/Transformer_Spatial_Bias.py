@@ -5,7 +5,7 @@ from layers.flash_bias_triton import flash_bias_func
 from torch import nn
 
 
-class Spatial_Bias_Attention(nn.Module):  # noqa: N801 - the host's name
+class Spatial_Bias_Attention(nn.Module):
     def __init__(self, dim, heads=8, dim_head=64, dropout=0.0, **kwargs):
         super().__init__()
         self.heads, self.dim_head, self.scale = heads, dim_head, dim_head**-0.5
@@ -55,11 +55,11 @@ class Model(nn.Module):
             back = torch.stack(
                 (r * torch.sin(theta) * torch.cos(phi), r * torch.sin(theta) * torch.sin(phi), r * torch.cos(theta)), -1
             )
-        square, one = -r[..., None] ** 2, torch.ones_like(r[..., None]).cuda()
+        square, one = -(r[..., None] ** 2), torch.ones_like(r[..., None]).cuda()
         q_bias, k_bias = torch.cat((2 * back, square, one), -1), torch.cat((back, one, square), -1)
         return q_bias[:, :, None], k_bias[:, :, None]
 
-    def forward(self, x, fx, T=None, geo=None):  # noqa: N803 - the host's name
+    def forward(self, x, fx, T=None, geo=None):
         q_bias, k_bias = self.get_matrix(x)
         fx = self.preprocess(x if fx is None else torch.cat((x, fx), -1))
         for block in self.blocks:

@@ -12,7 +12,7 @@ from flashbias.errors import ShapeError
 from flashbias.integrations import verify
 from flashbias.integrations.integration import is_hooked
 
-from .gradients import in_half
+from .gradients import in_half, lowered
 
 KERNELS = "layers.flash_bias_triton"
 KERNEL_KEPT = "flash_bias_func_before_flashbias"
@@ -47,7 +47,7 @@ def attention(module: Any, x: Tensor, q_bias: Tensor, k_bias: Tensor, precision:
     )
     with torch.autocast(x.device.type, enabled=False):
         weight = module.pos_weight(x.to(module.pos_weight.weight.dtype).unflatten(-1, by_head)).float()
-        q_factor = (weight * q_bias.float()).transpose(1, 2)  # (B, H, N, R)
+        q_factor = (weight * q_bias.float()).transpose(1, 2).contiguous()  # (B, H, N, R)
         k_factor = k_bias.float().transpose(1, 2)  # (B, 1, N, R)
         out = _attend(dtype_of(x, precision), query, key, value, q_factor, k_factor, module.scale)
     return module.to_out(out.to(x.dtype).transpose(1, 2).flatten(2))
@@ -67,7 +67,8 @@ def _attend(
 ) -> Tensor:
     if dtype == torch.float16 and torch.is_grad_enabled():
         return in_half(_operator, (query, key, value, q_factor, k_factor), scale)
-    return _operator(query.to(dtype), key.to(dtype), value.to(dtype), q_factor, k_factor, scale)
+    query, key, value = (lowered(tensor, dtype) for tensor in (query, key, value))
+    return _operator(query, key, value, q_factor, k_factor, scale)
 
 
 def _operator(query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor, k_factor: Tensor, scale: float) -> Tensor:

@@ -17,8 +17,13 @@ HEADROOM = 2.0**15  # the gradient of a value sums over all queries, and the lar
 
 def in_half(attend: Callable[..., Tensor], tensors: Sequence[Tensor], scale: float) -> Tensor:
     """`attend(query, key, value, *factors, scale)` with the first three in fp16, the output in fp32."""
-    *lowered, token = _Lower.apply(*tensors)
-    return _Raise.apply(attend(*lowered, scale), token)
+    *inputs, token = _Lower.apply(*tensors)
+    return _Raise.apply(attend(*inputs, scale), token)
+
+
+def lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype, head by head in memory: nothing is copied for that where the dtype changes anyway."""
+    return tensor.to(dtype, memory_format=torch.contiguous_format)
 
 
 class _Lower(torch.autograd.Function):
@@ -26,7 +31,7 @@ class _Lower(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        halves = (query.half(), key.half(), value.half())
+        halves = (lowered(query, torch.float16), lowered(key, torch.float16), lowered(value, torch.float16))
         return *halves, *(factor.view_as(factor) for factor in factors), query.new_zeros((), dtype=torch.float32)
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 
 from flashbias.integrations import profile, verify
 from flashbias.patches import HostMissingError, OtherHostError, PatchedOnTopError, PatchWarning, SignatureChangedError
+from flashbias.recipes.neural_solver.model import CAR, ELASTICITY, Solver, host_model
 
 from .conftest import CHECKOUT, DEVICE, STAND_IN, options
 
@@ -80,6 +81,16 @@ def test_parameters_are_those_of_the_host_bit_for_bit(neural_solver, host, stock
     assert list(patched) == list(plain)
     assert all(torch.equal(patched[name], plain[name]) for name in plain)
     assert model.load_state_dict(patched).missing_keys == []
+
+
+@pytest.mark.parametrize("shape", [ELASTICITY, CAR], ids=["elasticity", "car"])
+def test_model_of_the_recipe_has_the_parameters_of_the_host(host, shape):
+    theirs = host_model(Path(CHECKOUT), shape)
+    assert type(theirs) is host.Model
+    ours = Solver(shape, lambda points: points, lambda layer, x, points: x).state_dict()
+    assert {name: weight.shape for name, weight in theirs.state_dict().items()} == {
+        name: weight.shape for name, weight in ours.items()
+    }
 
 
 def test_like_the_hosts_own_code_on_a_body_at_the_origin(neural_solver, make_model, stock):

@@ -23,25 +23,39 @@ class Spatial_Bias_Attention(nn.Module):
         return self.to_out(out.float().flatten(2))
 
 
-class Block(nn.Module):
+class MLP(nn.Module):
+    def __init__(self, n_input, n_hidden, n_output):
+        super().__init__()
+        self.linear_pre = nn.Sequential(nn.Linear(n_input, n_hidden), nn.GELU())
+        self.linear_post = nn.Linear(n_hidden, n_output)
+
+    def forward(self, x):
+        return self.linear_post(self.linear_pre(x))
+
+
+class Transformer_block(nn.Module):
     def __init__(self, args, last):
         super().__init__()
         dim = args.n_hidden
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.Attn = Spatial_Bias_Attention(dim, args.n_heads, dim // args.n_heads, args.dropout)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim * args.mlp_ratio), nn.GELU(), nn.Linear(dim * args.mlp_ratio, dim))
-        self.end = nn.Linear(dim, args.out_dim) if last else nn.Identity()
+        self.mlp = MLP(dim, dim * args.mlp_ratio, dim)
+        self.last = last
+        if last:
+            self.ln_3, self.mlp2 = nn.LayerNorm(dim), nn.Linear(dim, args.out_dim)
 
     def forward(self, fx, q_bias, k_bias):
         fx = self.Attn(self.ln_1(fx), q_bias, k_bias) + fx
-        return self.end(self.mlp(self.ln_2(fx)) + fx)
+        fx = self.mlp(self.ln_2(fx)) + fx
+        return self.mlp2(self.ln_3(fx)) if self.last else fx
 
 
 class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
-        self.preprocess = nn.Linear(args.fun_dim + args.space_dim, args.n_hidden)
-        self.blocks = nn.ModuleList(Block(args, i == args.n_layers - 1) for i in range(args.n_layers))
+        self.preprocess = MLP(args.fun_dim + args.space_dim, args.n_hidden * 2, args.n_hidden)
+        self.blocks = nn.ModuleList(Transformer_block(args, i == args.n_layers - 1) for i in range(args.n_layers))
+        self.placeholder = nn.Parameter(torch.rand(args.n_hidden) / args.n_hidden)
 
     def get_matrix(self, original_pos):
         if original_pos.shape[-1] == 2:
@@ -61,7 +75,7 @@ class Model(nn.Module):
 
     def forward(self, x, fx, T=None, geo=None):
         q_bias, k_bias = self.get_matrix(x)
-        fx = self.preprocess(x if fx is None else torch.cat((x, fx), -1))
+        fx = self.preprocess(x if fx is None else torch.cat((x, fx), -1)) + self.placeholder
         for block in self.blocks:
             fx = block(fx, q_bias, k_bias)
         return fx

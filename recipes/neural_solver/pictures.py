@@ -79,9 +79,12 @@ def scale(folder: Path) -> Path:
             color=colour,
         )  # fmt: skip
     titles = ("seconds", "peak memory, GB", "share of the chip's limit")
+    sizes = sorted({int(row["points"]) for row in rows})
     for axis, title, logarithmic in zip(axes, titles, (True, True, False), strict=True):
         axis.set(title=title, xlabel="points", xscale="log", yscale="log" if logarithmic else "linear")
-        axis.grid(alpha=0.3, which="both")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     axes[2].set_ylim(0, 1)
     axes[0].legend()
     figure.suptitle(f"car model at any size; {conditions(rows)}")
@@ -101,16 +104,17 @@ def bias(folder: Path, points: int, seed: int = 0) -> Path:
     body, _ = surface(points, np.random.default_rng(seed))
     x = torch.from_numpy(body).float()
     queries = [int(np.argmax(body @ direction)) for direction in ([1, 0.5, -0.6], [0, 1, 0], [-1, 0, -0.5])]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), subplot_kw={"projection": "3d"}, layout="constrained")
+    drawing = {"projection": "3d", "computed_zorder": False}  # queries in front of everything
+    figure, axes = plt.subplots(2, 3, figsize=(15, 6), subplot_kw=drawing, layout="constrained")
     for line, weight in zip(axes, (1.0, -0.5), strict=True):
         values = SpatialDistance(x[queries], x, torch.full((1, len(queries)), weight)).dense(len(queries), points)[0]
         for axis, query, value in zip(line, queries, values, strict=True):
             drawn = axis.scatter(body[:, 0], body[:, 2], body[:, 1], c=value, s=20000 / points, cmap="viridis")
             axis.scatter(*body[query, [0, 2, 1]], color="red", s=60, depthshade=False)
-            axis.set_box_aspect(np.ptp(body, axis=0)[[0, 2, 1]])
+            axis.set_box_aspect(np.ptp(body, axis=0)[[0, 2, 1]], zoom=1.2)
             axis.view_init(22, -58)
             axis.set_axis_off()
-            figure.colorbar(drawn, ax=axis, shrink=0.5, label=f"{-weight:g} |x_i - x_j|^2")
+            figure.colorbar(drawn, ax=axis, shrink=0.5, label=f"{-weight:g} $|x_i - x_j|^2$")
     figure.suptitle(f"bias of a query (red) towards every point of a body, {points} points")
     return _save(figure, folder / "bias_on_car.png")
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .model import Attend, Attention, Prepare
 
-EXACT, ROUNDED, OURS = "exact fp32", "exact, fp16 features", "flashbias"
+EXACT, ROUNDED, OURS = "exact fp32", "exact distances, fp16", "flashbias"
 ROWS = 2**27  # scores that the exact computation holds at a time
 
 
@@ -47,15 +47,16 @@ def variants(kernel: Callable[..., Tensor] | None = None) -> dict[str, Variant]:
 def exact(layer: Attention, x: Tensor, points: Tensor, rounded: bool = False) -> Tensor:
     """Dense, in the dtype of x, distances by differences; some rows at a time, made anew on the way back.
 
-    Rounded, with query, key and value that fp16 can hold: the error of that is what half precision costs at best.
+    Rounded: query, key, value, their products, the weights and the output are numbers that fp16 can hold. The error of
+    that is the measure for what computes in half precision.
     """
     query, key, value, weight = layer.projected(x)
-    if rounded:
-        query, key, value = (tensor + (tensor.half() - tensor).detach() for tensor in (query, key, value))
+    near = _rounded if rounded else lambda tensor: tensor
 
     def rows(query: Tensor, weight: Tensor, some: Tensor, key: Tensor, value: Tensor) -> Tensor:
         square = (some[:, None, :, None] - points[:, None, None]).square().sum(-1)
-        return (query @ key.mT * layer.scale - weight[..., None] * square).softmax(-1) @ value
+        scores = near(near(query) @ near(key).mT) * layer.scale - weight[..., None] * square
+        return near(near(scores.softmax(-1)) @ near(value))
 
     count = max(1, ROWS // (query.shape[0] * layer.heads * points.shape[1]))
     parts = zip(query.split(count, 2), weight.split(count, 2), points.split(count, 1), strict=True)
@@ -63,6 +64,11 @@ def exact(layer: Attention, x: Tensor, points: Tensor, rounded: bool = False) ->
         return layer.joined(rows(query, weight, points, key, value))
     made = [checkpoint(rows, q, w, some, key, value, use_reentrant=False) for q, w, some in parts]
     return layer.joined(torch.cat(made, 2))
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """To fp16 and back; gradients pass as they are."""
+    return tensor + (tensor.half() - tensor).detach()
 
 
 def stock_factors(points: Tensor) -> tuple[Tensor, Tensor]:

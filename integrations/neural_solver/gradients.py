@@ -17,8 +17,12 @@ HEADROOM = 2.0**15  # the gradient of a value sums over all queries, and the lar
 
 def in_half(attend: Callable[..., Tensor], tensors: Sequence[Tensor], scale: float) -> Tensor:
     """`attend(query, key, value, *factors, scale)` with the first three in fp16, the output in fp32."""
-    *inputs, token = _Lower.apply(*tensors)
-    return _Raise.apply(attend(*inputs, scale), token)
+    query, key, value, *factors = tensors
+    # Others must not pass: all that comes out of an autograd function requires a gradient, and would be given one.
+    live = [factor for factor in factors if factor.requires_grad]
+    query, key, value, *live, token = _Lower.apply(query, key, value, *live)
+    factors = [live.pop(0) if factor.requires_grad else factor for factor in factors]
+    return _Raise.apply(attend(query, key, value, *factors, scale), token)
 
 
 def lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:

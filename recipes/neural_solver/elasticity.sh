@@ -18,7 +18,7 @@ mkdir -p "${2:?a folder for the data}"
 data=$(realpath "$2")
 shift 2
 
-python -m flashbias.recipes neural-solver elasticity-data "$data"
+[ -e "$data/elasticity/Meshes" ] || python -m flashbias.recipes neural-solver elasticity-data "$data"
 cd "$checkout"
 exec python -m flashbias.recipes run --patch neural_solver -- run.py \
     --data_path "$data" --loader elas --geotype unstructured --scheduler CosineAnnealingLR \

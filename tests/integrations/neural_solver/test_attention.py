@@ -91,6 +91,24 @@ def test_small_and_large_gradients_survive_half_precision(neural_solver, problem
     assert_close(run(attention, ours(model), x, points, gradient=gradient), oracle, 8 * 2.0**-11)
 
 
+@pytest.mark.parametrize("precision", ["half", "single"])
+@pytest.mark.parametrize("moving", [False, True])
+def test_coordinates_that_need_no_gradient_cost_none(neural_solver, problem, monkeypatch, precision, moving):
+    neural_solver.configure(precision=precision)
+    seen = []
+    bias = neural_solver.attention.FactoredBias
+
+    def watched(q_factor, k_factor):
+        seen.append((q_factor.requires_grad, k_factor.requires_grad))
+        return bias(q_factor, k_factor)
+
+    monkeypatch.setattr(neural_solver.attention, "FactoredBias", watched)
+    model, attention, x, points = problem(2)
+    ours(model)(attention, x, points.requires_grad_(moving)).sum().backward()
+    assert seen == [(True, moving)]
+    assert (points.grad is not None) == moving
+
+
 def test_gradient_of_nothing_is_nothing(neural_solver, problem):
     neural_solver.configure(precision="half")
     model, attention, x, points = problem(2)

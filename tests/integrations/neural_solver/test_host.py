@@ -297,6 +297,26 @@ def test_entry_point_of_the_library_runs_patched(space):
     assert "was not applied" not in done.stderr
 
 
+@pytest.mark.parametrize(("script", "data"), [("elasticity.sh", "elasticity/Meshes"), ("car.sh", "training_data")])
+def test_scripts_run_the_library_patched_on_data_that_are_there(tmp_path, script, data):
+    (tmp_path / data).mkdir(parents=True)
+    path = Path(__file__).parents[3] / "recipes" / "neural_solver" / script
+    (tmp_path / "sitecustomize.py").write_text(
+        "from flashbias.integrations._torchvision import make_importable\nmake_importable()\n"
+    )
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path),
+    }
+    done = subprocess.run(
+        ["bash", path, STAND_IN, tmp_path, "--epochs", "2"],
+        cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2, "one for each epoch"
+    assert "was not applied" not in done.stderr
+
+
 def test_run_says_so_where_there_is_no_checkout(tmp_path):
     (tmp_path / "script.py").write_text("print('ran')")
     done = start(RUN, "run", "--patch", "neural_solver", "--", "script.py", cwd=tmp_path)

@@ -6,11 +6,13 @@ from models.Transformer_Spatial_Bias import Model
 
 class Exp_Basic:
     def __init__(self, args):
+        torch.manual_seed(0)
         self.args = args
         self.model = Model(args).cuda()
 
     def train(self):
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         points = torch.rand(2, 30, self.args.space_dim).cuda()
         wanted = points.square().sum(-1, keepdim=True)
         for epoch in range(self.args.epochs):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .rows import load
-from .training import summary
+from .rows import like_the_last, load
+from .training import SETTINGS, summary
 
 COLOURS = ("#555555", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f")
 
@@ -22,7 +22,7 @@ def conditions(rows: Sequence[dict[str, str]]) -> str:
 def elasticity(folder: Path) -> Path:
     """Curves of loss and error, and time and memory."""
     plt = _pyplot()
-    rows = load(folder / "elasticity.csv")
+    rows = like_the_last(load(folder / "elasticity.csv"), SETTINGS)
     names = list(dict.fromkeys(row["variant"] for row in rows))
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), width_ratios=(3, 3, 2, 2), layout="constrained")
     for colour, name in zip(COLOURS, names, strict=False):
@@ -48,7 +48,7 @@ def elasticity(folder: Path) -> Path:
 def car(folder: Path) -> Path:
     """Time and memory of every variant."""
     plt = _pyplot()
-    rows = load(folder / "car.csv")
+    rows = like_the_last(load(folder / "car.csv"), ("points", "layers", "device"))
     figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained")
     for i, mode in enumerate(("inference", "training")):
         own = [row for row in rows if row["mode"] == mode and row["status"] == "ok"]
@@ -62,7 +62,7 @@ def car(folder: Path) -> Path:
 def scale(folder: Path) -> Path:
     """Time, memory and share of the limit over the number of points."""
     plt = _pyplot()
-    rows = [row for row in load(folder / "scale.csv") if row["status"] == "ok"]
+    rows = [row for row in like_the_last(load(folder / "scale.csv"), ["device"]) if row["status"] == "ok"]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     kinds = list(dict.fromkeys((row["mode"], row["layers"]) for row in rows))
     for colour, (mode, layers) in zip(COLOURS[1:], kinds, strict=False):

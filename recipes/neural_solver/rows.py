@@ -39,6 +39,11 @@ def load(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def like_the_last(rows: Sequence[dict[str, str]], names: Sequence[str]) -> list[dict[str, str]]:
+    """Those rows that agree with the last one, which is the latest, in some columns."""
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in names)]
+
+
 def _text(value: Any) -> str:
     if value is None:
         return ""

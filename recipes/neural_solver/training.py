@@ -19,10 +19,11 @@ from flashbias.recipes.memory import held_memory, peak_memory
 
 from .elasticity_data import DataError, files
 from .model import Shape, Solver, host_model
-from .rows import Rows
+from .rows import Rows, like_the_last
 from .variants import OURS, variants
 
 STOCK, PATCHED = "library, stock", "library, patched"
+SETTINGS = ("layers", "hidden", "points", "train", "test", "batch", "epochs", "seed", "device")
 DEFAULT = ("exact fp32", "half factors", OURS)
 
 
@@ -142,9 +143,10 @@ def train(name: str, plan: Plan, device: str, rows: Rows, say: Callable[[str], N
             error = evaluate(model, others, plan.batch)
             mean = float(torch.stack(losses).sum()) / plan.train
             rows.add(
-                {"variant": name, "layers": plan.shape.layers, "points": plates.points.shape[1], "train": plan.train,
-                 "test": plan.test, "batch": plan.batch, "epochs": plan.epochs, "seed": plan.seed, "epoch": epoch + 1,
-                 "train_loss": mean, "relative_l2": error, "ms_per_iteration": seconds * 1e3, "peak_gb": memory}
+                {"variant": name, "layers": plan.shape.layers, "hidden": plan.shape.hidden,
+                 "points": plates.points.shape[1], "train": plan.train, "test": plan.test, "batch": plan.batch,
+                 "epochs": plan.epochs, "seed": plan.seed, "epoch": epoch + 1, "train_loss": mean,
+                 "relative_l2": error, "ms_per_iteration": seconds * 1e3, "peak_gb": memory}
             )  # fmt: skip
             say(f"{name}, epoch {epoch + 1}: loss {mean:.4f}, relative L2 {error:.4f}, {seconds * 1e3:.1f} ms")
 
@@ -167,8 +169,7 @@ def evaluate(model: nn.Module, plates: Plates, batch: int) -> float:
 
 def run(plan: Plan, names: Sequence[str], device: str, out: Path, say: Callable[[str], None]) -> list[str]:
     """Train all; returns why some could not be."""
-    key = ("variant", "layers", "train", "test", "batch", "epochs", "seed", "epoch", "device")
-    rows = Rows(out / "elasticity.csv", key, device)
+    rows = Rows(out / "elasticity.csv", ("variant", "epoch", *SETTINGS), device)
     failures = []
     for name in names:
         try:
@@ -185,8 +186,8 @@ def _wait(device: str) -> None:
 
 
 def summary(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """For each variant its last relative L2, the median time and the memory."""
-    found = []
+    """For each variant of the latest settings its last relative L2, the median time and the memory."""
+    rows, found = like_the_last(rows, SETTINGS), []
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = sorted((row for row in rows if row["variant"] == name), key=lambda row: int(row["epoch"]))
         times = sorted(float(row["ms_per_iteration"]) for row in own)

@@ -83,6 +83,16 @@ def test_lower_precision_rounds_features_only(neural_solver, problem, precision,
     assert_close(results, oracle, 8 * eps)
 
 
+def test_cpus_compute_in_single_precision(neural_solver):
+    assert neural_solver.attention.dtype_of(torch.empty(1, 2**17, 1), "auto") == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("points", "dtype"), [(2**16, torch.float16), (2**16 + 1, torch.bfloat16)])
+def test_gpus_compute_in_half_precision_as_long_as_it_holds_a_mean_weight(neural_solver, points, dtype):
+    assert neural_solver.attention.dtype_of(torch.empty(1, points, 1, device="cuda"), "auto") == dtype
+
+
 @pytest.mark.parametrize("gradient", [1e-12, 1e-9, 1e6])
 def test_small_and_large_gradients_survive_half_precision(neural_solver, problem, gradient):
     neural_solver.configure(precision="half")

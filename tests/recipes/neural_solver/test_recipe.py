@@ -73,6 +73,10 @@ def test_training_starts_equal_and_reports_every_epoch(plates, tmp_path):
     assert losses[variants.OURS] == pytest.approx(losses[variants.EXACT], rel=1e-4)
     assert losses[variants.OURS][-1] < losses[variants.OURS][0]
     assert [total["epochs"] for total in training.summary(rows)] == [3, 3, 3]
+    shorter = training.Plan(plates, SMALL, train=4, test=2, epochs=1, batch=2)
+    training.run(shorter, [variants.OURS], "cpu", tmp_path, said.append)
+    totals = training.summary(load(tmp_path / "elasticity.csv"))
+    assert [(total["variant"], total["epochs"]) for total in totals] == [(variants.OURS, 1)], "the latest settings"
     assert pictures.elasticity(tmp_path).stat().st_size > 10_000
 
 

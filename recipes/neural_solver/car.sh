@@ -18,6 +18,7 @@ mkdir -p "${2:?a folder for the data}"
 data=$(realpath "$2")
 shift 2
 
+python -m flashbias.recipes neural-solver checkout "$checkout"
 [ -e "$data/training_data" ] || python -m flashbias.recipes neural-solver car-data "$data"
 cd "$checkout"
 exec python -m flashbias.recipes run --patch neural_solver -- run.py \

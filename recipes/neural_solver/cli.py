@@ -42,6 +42,14 @@ def car_data(
 
 
 @app.command()
+def checkout(folder: Annotated[Path, typer.Argument(help="Its top folder.")]) -> None:
+    """Say whether a folder is a checkout of Neural-Solver-Library; exit code 2, and why not, where it is none."""
+    from flashbias.integrations.neural_solver import find
+
+    print(json.dumps({"checkout": str(find(folder))}))
+
+
+@app.command()
 def stand_ins(folder: Annotated[Path, typer.Argument(help="To be put on PYTHONPATH.")]) -> None:
     """Write empty packages for requirements of run.py that are not installed and that elasticity does not use."""
     from .stand_ins import write
@@ -71,6 +79,7 @@ def elasticity(
     """
     from dataclasses import replace
 
+    from flashbias.integrations.neural_solver import find
     from flashbias.recipes.machine import choose_device
 
     from . import pictures, training
@@ -80,6 +89,8 @@ def elasticity(
     device = choose_device(device)
     folder = _folder(out, device)
     names = variant or list(training.DEFAULT)
+    if checkout is not None:
+        find(checkout)
     if checkout is not None and not variant:
         names += [training.PATCHED] + ([training.STOCK] if device.startswith("cuda") else [])
     shape = replace(ELASTICITY, layers=layers, hidden=hidden)

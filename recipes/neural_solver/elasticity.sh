@@ -18,6 +18,7 @@ mkdir -p "${2:?a folder for the data}"
 data=$(realpath "$2")
 shift 2
 
+python -m flashbias.recipes neural-solver checkout "$checkout"
 [ -e "$data/elasticity/Meshes" ] || python -m flashbias.recipes neural-solver elasticity-data "$data"
 cd "$checkout"
 exec python -m flashbias.recipes run --patch neural_solver -- run.py \

@@ -313,8 +313,15 @@ def test_scripts_run_the_library_patched_on_data_that_are_there(tmp_path, script
         cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2, "one for each epoch"
+    assert sum(line.startswith("Epoch") for line in done.stdout.splitlines()) == 2
     assert "was not applied" not in done.stderr
+
+
+def test_command_refuses_a_folder_that_is_no_checkout_by_name(tmp_path):
+    done = start(RUN, "neural-solver", "checkout", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "wanted: a checkout of github.com/thuml/Neural-Solver-Library; remedy:" in done.stderr
+    assert start(RUN, "neural-solver", "checkout", str(STAND_IN), cwd=tmp_path).returncode == 0
 
 
 def test_run_says_so_where_there_is_no_checkout(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flashbias.patches import HostMissingError, OtherHostError, PatchSet, attributes_read
+from flashbias.patches import HostMissingError, OtherHostError, PatchSet, attributes_read, disabled
 
 from . import attention
 
@@ -56,7 +56,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != attention.KERNELS or torch.cuda.is_available():
+        if name != attention.KERNELS or torch.cuda.is_available() or disabled():
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None or spec.origin is None:

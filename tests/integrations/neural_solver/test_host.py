@@ -285,6 +285,13 @@ def test_model_trains_without_triton_and_gpu():
 RUN = "import sys; from flashbias.recipes.cli import main; sys.argv[0] = 'flashbias'; sys.path[0] = ''; main()"
 
 
+@no_gpu
+def test_disabled_by_the_environment_the_stock_code_fails_as_ever():
+    done = start(WITHOUT_TRITON, FLASHBIAS_DISABLE="1")
+    assert done.returncode == 1
+    assert "triton" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("space", ["2", "3"])
 def test_entry_point_of_the_library_runs_patched(space):
     """`flashbias run --patch neural_solver -- run.py` in a checkout, the arguments being the script's."""

@@ -8,6 +8,7 @@ The replacement's result is what the model gets. The table goes to stderr when t
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,11 @@ def differences() -> list[Difference]:
     return list(_differences.rows)
 
 
+def comparing() -> bool:
+    """Whether the host's own code is running to be compared with."""
+    return _comparing.get()
+
+
 def compare(
     module: torch.nn.Module,
     original: Callable[..., Any],
@@ -59,7 +65,11 @@ def compare(
     """
     devices = {leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        expected = original(*args, **kwargs)
+        token = _comparing.set(True)
+        try:
+            expected = original(*args, **kwargs)
+        finally:
+            _comparing.reset(token)
     result = replacement(module, *args, **kwargs)
     for ours, theirs in zip(tree_leaves(result), tree_leaves(expected), strict=True):
         if isinstance(theirs, Tensor) and theirs.is_floating_point():
@@ -97,5 +107,6 @@ def report() -> None:
     )
 
 
+_comparing: ContextVar[bool] = ContextVar("comparing", default=False)
 _differences: Rows[Difference] = Rows(report)
 forget = _differences.forget

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 LAYERS = ("flashbias", "flashbias.patches", "flashbias.integrations", "flashbias.recipes")
 FOLDERS = ("flashbias_core", "patches", "integrations", "recipes")
 # Import names that are not those of the distribution, and what a distribution brings along.
-PROVIDES = {"scikit-learn": {"sklearn"}, "pyyaml": {"yaml"}, "timm": {"timm", "torchvision"}}
+PROVIDES = {"scikit-learn": {"sklearn"}, "scikit-fem": {"skfem"}, "pyyaml": {"yaml"}, "timm": {"timm", "torchvision"}}
 
 
 def layer(module: str) -> int:

@@ -1,0 +1,5 @@
+"""Modules for models of your own."""
+
+from .spatial_attention import SpatialAttention
+
+__all__ = ["SpatialAttention"]

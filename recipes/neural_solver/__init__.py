@@ -1,0 +1,1 @@
+"""Neural-Solver-Library's attention with spatial distances: data, training, times, scale."""

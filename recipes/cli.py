@@ -9,6 +9,8 @@ import typer
 
 from flashbias.errors import FlashBiasError
 
+from .language_model import commands as language_model
+
 app = typer.Typer(
     help="Attention with an additive bias, and models that use it.",
     no_args_is_help=True,
@@ -89,6 +91,9 @@ def bench(
         print(*benchmark.redraw(request), sep="\n")
     else:
         raise typer.Exit(benchmark.run(request))
+
+
+app.add_typer(language_model.app, name="language-model")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashbias.integrations.integration import say_once
 from flashbias.patches import Patch, PatchSet
 
 from . import hosts
@@ -16,10 +17,12 @@ from .positions import Positions, place
 
 MODULE = "transformers.models.mpt.modeling_mpt"
 
+_host_only: list[bool] = []  # not empty inside a call of a model that is left to the host
+
 
 def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kw: Any) -> Any:
     """`modeling_mpt.create_causal_mask`: a `Positions` in place of the mask."""
-    if hosts.leaves("MPT", config._attn_implementation, attention_mask):
+    if _host_only or hosts.leaves("MPT", config._attn_implementation, attention_mask):
         from transformers import masking_utils
 
         return masking_utils.create_causal_mask(
@@ -32,7 +35,7 @@ def prepare_causal_mask(
     attention_mask: Any, input_shape: Any, inputs_embeds: Tensor, past_key_values_length: Any, *others: Any
 ) -> Any:
     """`_prepare_4d_causal_attention_mask`: a `Positions` in place of the mask. Static caches never worked there."""
-    if hosts.leaves("MPT", None, attention_mask) or isinstance(past_key_values_length, Tensor):
+    if _host_only or hosts.leaves("MPT", None, attention_mask) or isinstance(past_key_values_length, Tensor):
         from transformers import modeling_attn_mask_utils
 
         return modeling_attn_mask_utils._prepare_4d_causal_attention_mask(
@@ -100,13 +103,18 @@ def forward(
     )
 
 
-def block_forward(
-    self: Any, hidden_states: Tensor, position_bias: Tensor, attention_mask: Any, *args: Any, **options: Any
-) -> Any:
-    """`MptBlock.forward`: it does not tell its attention that somebody wants to see the weights."""
-    if options.get("output_attentions") and isinstance(attention_mask, Positions):
-        attention_mask = ~attention_mask.allowed(hidden_states.device)
-    return self.forward_before_flashbias(hidden_states, position_bias, attention_mask, *args, **options)
+def model_forward(self: Any, *args: Any, **options: Any) -> Any:
+    """`MptModel.forward`: neither masks nor layers are told that somebody wants to see the weights."""
+    wanted = options.get("output_attentions")
+    wanted = self.config.output_attentions if wanted is None else wanted
+    if not wanted:
+        return self.forward_before_flashbias(*args, **options)
+    say_once("alibi: MPT: output_attentions is not covered, the host's own code computes it")
+    _host_only.append(True)
+    try:
+        return self.forward_before_flashbias(*args, **options)
+    finally:
+        _host_only.pop()
 
 
 HOST = PatchSet(
@@ -117,9 +125,9 @@ HOST = PatchSet(
         keep_as=hosts.KEPT,
     ),
     Patch(
-        f"{MODULE}:MptBlock.forward",
-        block_forward,
-        ("self", "hidden_states", "position_bias", "attention_mask"),
+        f"{MODULE}:MptModel.forward",
+        model_forward,
+        ("self",),
         keep_as=hosts.KEPT,
     ),
     Patch(

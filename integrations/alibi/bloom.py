@@ -63,7 +63,7 @@ def attention(
     """`BloomAttention.forward`: hidden states and residual `(B, N, channels)`."""
     query, key, value = module._reshape(module.query_key_value(hidden_states))
     key, value = hosts.append(module, layer_past, key, value, options)
-    out = attention_mask.attend(query, key, value, attention_mask.slopes, module.inv_norm_factor)
+    out = attention_mask.attend(query, key, value, module.inv_norm_factor)
     out = module.dense(out.transpose(1, 2).flatten(2))
     return residual + F.dropout(out, module.hidden_dropout, module.training), None
 

@@ -77,7 +77,7 @@ def attention(
     positions = attention_mask
     if positions.k_ids is not None:
         positions = replace(positions, k_ids=positions.k_ids[:, None])
-    out = positions.attend(query.unsqueeze(2), key, value, positions.slopes, module.inv_norm_factor)
+    out = positions.attend(query.unsqueeze(2), key, value, module.inv_norm_factor)
     return module.dense(out.squeeze(2).transpose(1, 2).flatten(2)), None
 
 

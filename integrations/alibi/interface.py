@@ -11,7 +11,7 @@ import torch
 import wrapt
 from torch import Tensor
 
-from flashbias import Causal, DenseBias, Mask, biased_attention
+from flashbias import Bias, Causal, DenseBias, Mask, biased_attention
 from flashbias.errors import UnsupportedError
 from flashbias.integrations.integration import say_once
 
@@ -54,7 +54,7 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
-    bias = None if position_bias is None else DenseBias(position_bias)
+    bias: Bias | None = None if position_bias is None else DenseBias(position_bias)
     mask: Mask | Tensor | None = None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

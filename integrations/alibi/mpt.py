@@ -60,7 +60,7 @@ def attention(
     query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     key, value = hosts.append(module, past_key_values, key, value, options)
     slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
-    out = attention_mask.attend(query, key, value, slopes, module.softmax_scale)
+    out = attention_mask.attend(query, key, value, module.softmax_scale, slopes)
     return module.out_proj(out.transpose(1, 2).flatten(2)), None
 
 

@@ -66,8 +66,10 @@ class Positions:
         allowed = allowed if mask is None else mask.dense(self.n_q, self.n_k, device=device)
         return allowed[(None,) * (4 - allowed.dim())].expand(-1, 1, self.n_q, self.n_k)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float) -> Tensor:
-        """Attention of `(*batch, H, N, C)`; `slopes` `(H,)` fp32."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None = None) -> Tensor:
+        """Attention of `(*batch, H, N, C)`, with a layer's own slopes if it has some."""
+        slopes = self.slopes if slopes is None else slopes
+        assert slopes is not None
         bias = ALiBi(slopes, q_positions=self.q_positions, k_positions=self.k_positions)
         out = biased_attention(query, key, value, bias, mask=self.mask(), scale=scale)
         assert isinstance(out, Tensor)

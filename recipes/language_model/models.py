@@ -139,7 +139,7 @@ def as_asked(attention: str) -> Iterator[None]:
     from flashbias.integrations import alibi
     from flashbias.integrations.alibi.positions import Positions
 
-    def without_bias(self: Any, query: Any, key: Any, value: Any, slopes: Any, scale: float) -> Any:
+    def without_bias(self: Any, query: Any, key: Any, value: Any, scale: float, slopes: Any = None) -> Any:
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.n_q > 1, scale=scale)
 
     attend = Positions.attend

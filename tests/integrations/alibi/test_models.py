@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from flashbias.testing import assert_as_accurate
 
@@ -244,4 +245,29 @@ def test_compiled_in_one_graph(make_model, stock, kind):
                 theirs = model(ids, attention_mask=mask).logits
             tokens = tokens_of(mask, ids)
             torch.testing.assert_close(ours[tokens], theirs[tokens], rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_decoding_with_a_static_cache_compiles_once(make_model, stock, transformers):
+    model, ids = make_model("bloom", n_layer=1), make_ids(2, 9)
+    tokens = make_mask("left", 2, 9)
+    cache = transformers.StaticCache(model.config, max_cache_len=16)
+
+    def step(call, first, end):
+        given = torch.zeros(2, 16, dtype=torch.long, device=DEVICE)
+        given[:, :end] = tokens[:, :end]
+        older = transformers.__version__.startswith("4")
+        options = {"cache_position": torch.arange(first, end, device=DEVICE)} if older else {}
+        return call(ids[:, first:end], attention_mask=given, past_key_values=cache, **options).logits
+
+    torch.compiler.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counted)
+    with torch.no_grad():
+        step(model, 0, 6)
+        ours = torch.cat([step(compiled, first, first + 1) for first in range(6, 9)], 1)
+        with stock():
+            theirs = model(ids, attention_mask=tokens).logits[:, 6:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert counted.frame_count == 1
     torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 
 from flashbias.errors import FlashBiasError, UnsupportedError
 from flashbias.integrations import verify
@@ -145,3 +146,37 @@ def test_what_would_change_the_result_is_refused(alibi):
     q = torch.randn(1, 2, 3, 8, device=DEVICE)
     with pytest.raises(UnsupportedError, match="softcap"):
         interface.attention(torch.nn.Identity(), q, q, q, None, softcap=30.0)
+
+
+@pytest.mark.parametrize("kind", ["T5", "MT5", "UMT5"])
+def test_position_biases_of_the_t5_family_by_name(alibi, transformers, monkeypatch, kind):
+    if Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("T5 does not ask the interface before transformers 5.18")
+    from flashbias.integrations.alibi import interface
+
+    calls = []
+    operator = interface.biased_attention
+    monkeypatch.setattr(interface, "biased_attention", lambda *args, **kw: calls.append(1) or operator(*args, **kw))
+    options = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    models = []
+    for attention in ("eager", alibi.NAME):
+        config = getattr(transformers, f"{kind}Config")(vocab_size=61, decoder_start_token_id=0, **options)
+        config._attn_implementation = attention
+        models.append(getattr(transformers, f"{kind}ForConditionalGeneration")(config).to(DEVICE).eval())
+    theirs, ours = models
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    ids, mask, labels = make_ids(3, 13), make_mask("right", 3, 13), make_ids(3, 7)
+    outs = [model(input_ids=ids, attention_mask=mask, labels=labels) for model in (theirs, ours)]
+    assert len(calls) == 6, "two layers of the encoder, two of the decoder, and their two of cross attention"
+    torch.testing.assert_close(outs[1].logits, outs[0].logits, rtol=1e-4, atol=1e-4)
+    tables = []
+    for out, model in zip(outs, models, strict=True):
+        out.loss.backward()
+        tables.append([p.grad for name, p in model.named_parameters() if "relative_attention_bias" in name])
+    assert all(grad.abs().max() > 0 for grad in tables[0])
+    torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-5)
+    written = [model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False) for model in models]
+    assert torch.equal(*written)

@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flashbias.testing import assert_as_accurate
 
@@ -192,6 +194,32 @@ def test_chunks_and_steps_through_a_static_cache(make_model, stock, calls, trans
     tokens = tokens_of(mask, ids)
     torch.testing.assert_close(torch.cat(parts, 1)[tokens], expected[tokens], rtol=1e-4, atol=1e-4)
     assert {key[-2] for _, key, _ in calls} == {16}
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor has that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.entries = max([self.entries, *made])
+        return result
+
+
+@every_host
+@pytest.mark.parametrize("mask", [None, "left"])
+def test_nothing_grows_with_the_square_of_the_length(make_model, stock, kind, mask):
+    n = 500
+    options = {"max_seq_len": n} if kind == "mpt" else {}
+    model, ids, mask = make_model(kind, **options), make_ids(2, n), make_mask(mask, 2, n)
+    with torch.no_grad():
+        with Largest() as ours:
+            model(ids, attention_mask=mask)
+        with stock(), Largest() as theirs:
+            model(ids, attention_mask=mask)
+    assert ours.entries < n * n < theirs.entries
 
 
 @every_host

@@ -35,14 +35,14 @@ def is_older(module: str) -> bool:
     return file is not None and "create_causal_mask" not in file.read_text(encoding="utf-8")
 
 
-def leaves(host: str, implementation: str | None, tokens: Any) -> bool:
-    """Whether a model's call is left to the host, said once; `implementation` is None where it is not known."""
+def leaves(host: str, implementation: str, tokens: Any) -> bool:
+    """Whether a model's call is left to the host, said once."""
     reason = None
     if implementation == NAME:
         pass
     elif SERVED[0] != "all":
         reason = f"a model without attn_implementation={NAME!r}"
-    elif implementation not in (None, "eager", "sdpa"):
+    elif implementation not in ("eager", "sdpa"):
         reason = f"attn_implementation={implementation!r}"
     if tokens is not None and (not isinstance(tokens, Tensor) or tokens.dim() != 2):
         reason = "an attention mask of other than two dimensions"

@@ -22,7 +22,7 @@ _host_only: list[bool] = []  # not empty inside a call of a model that is left t
 
 def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kw: Any) -> Any:
     """`modeling_mpt.create_causal_mask`: a `Positions` in place of the mask."""
-    if _host_only or hosts.leaves("MPT", config._attn_implementation, attention_mask):
+    if _host_only or hosts.leaves("MPT", hosts.NAME, attention_mask):
         from transformers import masking_utils
 
         return masking_utils.create_causal_mask(
@@ -35,7 +35,7 @@ def prepare_causal_mask(
     attention_mask: Any, input_shape: Any, inputs_embeds: Tensor, past_key_values_length: Any, *others: Any
 ) -> Any:
     """`_prepare_4d_causal_attention_mask`: a `Positions` in place of the mask. Static caches never worked there."""
-    if _host_only or hosts.leaves("MPT", None, attention_mask) or isinstance(past_key_values_length, Tensor):
+    if _host_only or hosts.leaves("MPT", hosts.NAME, attention_mask) or isinstance(past_key_values_length, Tensor):
         from transformers import modeling_attn_mask_utils
 
         return modeling_attn_mask_utils._prepare_4d_causal_attention_mask(
@@ -104,12 +104,13 @@ def forward(
 
 
 def model_forward(self: Any, *args: Any, **options: Any) -> Any:
-    """`MptModel.forward`: neither masks nor layers are told that somebody wants to see the weights."""
+    """`MptModel.forward`: it tells neither masks nor layers what was asked of it."""
     wanted = options.get("output_attentions")
     wanted = self.config.output_attentions if wanted is None else wanted
-    if not wanted:
+    if wanted:
+        say_once("alibi: MPT: output_attentions is not covered, the host's own code computes it")
+    if not wanted and not hosts.leaves("MPT", self.config._attn_implementation, None):
         return self.forward_before_flashbias(*args, **options)
-    say_once("alibi: MPT: output_attentions is not covered, the host's own code computes it")
     _host_only.append(True)
     try:
         return self.forward_before_flashbias(*args, **options)

@@ -140,7 +140,11 @@ def as_asked(attention: str) -> Iterator[None]:
     from flashbias.integrations.alibi.positions import Positions
 
     def without_bias(self: Any, query: Any, key: Any, value: Any, scale: float, slopes: Any = None) -> Any:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=self.n_q > 1, scale=scale)
+        shape = query.shape
+        if query.dim() > 4:  # Falcon's heads are a batch; torch's fused kernels take four dimensions
+            query, key, value = (part.flatten(1, -3) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.n_q > 1, scale=scale)
+        return out.view(shape)
 
     attend = Positions.attend
     (alibi.revert if attention == "stock" else alibi.apply)()
@@ -187,7 +191,7 @@ def prefill(model: Any, tokens: int, device: str) -> dict[str, Any]:
 
     ids = _ids(model, tokens, device)
     with torch.no_grad():
-        _, memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)
+        memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)[1]
         times = [_milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)]
     return {"milliseconds": round(sorted(times)[len(times) // 2], 3), "peak_mib": round(memory / 2**20)}
 

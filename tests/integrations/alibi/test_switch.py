@@ -30,9 +30,7 @@ def test_revert_gives_the_host_its_own_functions_back(alibi, make_model, calls, 
 
 
 @every_host
-def test_only_models_that_asked(alibi, make_model, calls, caplog, transformers, kind):
-    if kind == "mpt" and transformers.__version__.startswith("4"):
-        pytest.skip("MPT does not know its own attention's name in transformers 4")
+def test_only_models_that_asked(alibi, make_model, calls, caplog, kind):
     alibi.configure(served="asked")
     ids, mask = make_ids(2, 9), make_mask("left", 2, 9)
     model, asked = make_model(kind), make_model(kind, attention=alibi.NAME)
@@ -178,3 +176,19 @@ def test_position_biases_of_the_t5_family_by_name(alibi, transformers, monkeypat
     torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-5)
     written = [model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False) for model in models]
     assert torch.equal(*written)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(alibi, transformers):
+    from flashbias.integrations.alibi import bloom
+
+    config = transformers.BloomConfig(n_head=6)
+    config._attn_implementation = alibi.NAME
+    inputs, mask = torch.randn(2, 9, 48, device="cuda"), make_mask("left", 2, 9)
+    query = torch.randn(2, 6, 9, 16, device="cuda", dtype=torch.float16)
+    for warned in (False, True):  # compiled the first time
+        torch.cuda.set_sync_debug_mode("error" if warned else "default")
+        try:
+            bloom.create_causal_mask(config, inputs, mask, None).attend(query, query, query, 0.25)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

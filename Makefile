@@ -6,9 +6,10 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+OLDER := .venv/transformers4
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup test test-slow test-lowest demo lint format typecheck clean
+.PHONY: help setup test test-transformers4 test-slow test-lowest demo lint format typecheck clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1	\2/p' Makefile | expand -t 12
@@ -25,6 +26,15 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 test: $(READY)  ## run all tests but those marked slow
 	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# Beside the packages of .venv, and in front of them on the path.
+$(OLDER)/.ready: $(READY) tests/integrations/alibi/transformers4.txt
+	rm -rf $(OLDER)
+	$(BIN)/pip install --quiet --no-deps --target $(OLDER) --requirement tests/integrations/alibi/transformers4.txt
+	@touch $@
+
+test-transformers4: $(OLDER)/.ready  ## run the tests of language models on the older transformers, 4.57
+	PYTHONPATH=$(OLDER) $(BIN)/pytest -n $(WORKERS) tests/integrations/alibi
 
 test-slow: $(READY)  ## run all tests, slow ones too; meant for a machine with a GPU
 	$(BIN)/pytest -n $(WORKERS) -m "slow or not slow" $(PYTEST_ARGS)

@@ -145,13 +145,21 @@ class Replacement:
         reason = _out_of_reach(args) or self.not_covered(module, *args, **kwargs)
         if reason is not None:
             say_once(f"{self.name}: {reason} is not covered, the host's own code computes it")
-            return getattr(module, self.original)(*args, **kwargs)
+            return self.host_of(module)(*args, **kwargs)
         _note_call(self.name)
         if torch.compiler.is_compiling():
             return self.forward(module, *args, **kwargs)
         if verify.wanted(module):
-            return verify.compare(module, getattr(module, self.original), self._run, args, kwargs)
+            return verify.compare(module, self.rehearsal_of(module), self._run, args, kwargs)
         return self._run(module, *args, **kwargs)
+
+    def host_of(self, module: Any) -> Callable[..., Any]:
+        """The host's own code for the module."""
+        return getattr(module, self.original)
+
+    def rehearsal_of(self, module: Any) -> Callable[..., Any]:
+        """The same, leaving no trace in its arguments."""
+        return self.host_of(module)
 
     def _run(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if profile.enabled():

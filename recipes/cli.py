@@ -9,6 +9,7 @@ import typer
 
 from flashbias.errors import FlashBiasError
 
+from .language_model import commands as language_model
 from .neural_solver.cli import app as neural_solver
 
 app = typer.Typer(
@@ -92,6 +93,9 @@ def bench(
         print(*benchmark.redraw(request), sep="\n")
     else:
         raise typer.Exit(benchmark.run(request))
+
+
+app.add_typer(language_model.app, name="language-model")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

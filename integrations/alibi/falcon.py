@@ -1,0 +1,146 @@
+"""Falcon with ALiBi: what its SDPA path computes (its eager path adds ALiBi twice).
+
+The host rounds slopes, and slopes times positions, to bfloat16, whatever the model's dtype. A trained model knows no
+other ALiBi, so each head here gets those products for its key positions: differences of them, in fp32, are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashbias.nn import alibi_slopes
+from flashbias.patches import Patch, PatchSet
+
+from . import hosts
+from .positions import Positions, at_queries, count
+
+MODULE = "transformers.models.falcon.modeling_falcon"
+
+
+def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kw: Any) -> Any:
+    """`modeling_falcon.create_causal_mask`: a `Positions` in place of the mask."""
+    if not config.alibi or hosts.leaves("Falcon", config._attn_implementation, attention_mask):
+        from transformers import masking_utils
+
+        return masking_utils.create_causal_mask(
+            config, inputs_embeds, attention_mask, past_key_values=past_key_values, **kw
+        )
+    return _round(hosts.with_cache(inputs_embeds, attention_mask, past_key_values), config, inputs_embeds.device)
+
+
+def update_causal_mask(
+    self: Any,
+    attention_mask: Any,
+    input_tensor: Tensor,
+    cache_position: Tensor,
+    past_key_values: Any,
+    *others: Any,
+    **options: Any,
+) -> Any:
+    """`FalconModel._update_causal_mask`: a `Positions` in place of the mask."""
+    config = self.config
+    if not config.alibi or hosts.leaves("Falcon", config._attn_implementation, attention_mask):
+        original = self.update_causal_mask_before_flashbias
+        return original(attention_mask, input_tensor, cache_position, past_key_values, *others, **options)
+    positions = hosts.with_older_cache(input_tensor, attention_mask, past_key_values, cache_position)
+    return _round(positions, config, input_tensor.device)
+
+
+def _round(positions: Positions, config: Any, device: torch.device) -> Positions:
+    """ALiBi as the host rounds it: key positions `(B, H, Nk)`, each head its own, under one slope."""
+    count(positions)
+    places = positions.k_positions
+    if places is None:
+        places = torch.arange(positions.n_k, device=device)[None]
+    heads = config.num_attention_heads
+    slopes = alibi_slopes(heads, device).bfloat16()
+    positions.k_positions = (slopes[:, None] * places[:, None, :]).float()
+    positions.q_positions = at_queries(positions, positions.k_positions)
+    positions.slopes = torch.full((1,), 1 / math.sqrt(config.hidden_size // heads), device=device)
+    return positions
+
+
+def attention(
+    module: Any, hidden_states: Tensor, alibi: Tensor, attention_mask: Positions, layer_past: Any = None, **options: Any
+) -> tuple[Tensor, None]:
+    """`FalconAttention.forward`: hidden states `(B, N, channels)`."""
+    qkv = module._split_heads(module.query_key_value(hidden_states))
+    query, key, value = (part.transpose(1, 2) for part in qkv)
+    key, value = hosts.append(module, layer_past, key, value, options)
+    # Heads as a batch, because each has positions of its own.
+    key, value = (part.expand(-1, module.num_heads, -1, -1).unsqueeze(2) for part in (key, value))
+    positions = attention_mask
+    if positions.k_ids is not None:
+        positions = replace(positions, k_ids=positions.k_ids[:, None])
+    out = positions.attend(query.unsqueeze(2), key, value, module.inv_norm_factor)
+    return module.dense(out.squeeze(2).transpose(1, 2).flatten(2)), None
+
+
+def _not_covered(
+    module: Any, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Any, **options: Any
+) -> str | None:
+    if alibi is None:
+        return "a model without ALiBi"
+    return hosts.not_covered(module, hidden_states, module.attention_dropout.p, options)
+
+
+def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:
+    alibi = options["alibi"].unflatten(0, (-1, module.num_heads)) * module.inv_norm_factor
+    by_sdpa = module.config._attn_implementation == "sdpa" and not options.get("output_attentions")
+    if by_sdpa and options.get("head_mask") is None:
+        return hosts.additive(positions, alibi, alibi)
+    return hosts.additive(positions, alibi)  # the eager path adds ALiBi once more than its mask does
+
+
+_replacement = hosts.Attention("alibi: Falcon", attention, _not_covered, hosts.KEPT, _mask_of)
+
+
+def forward(
+    self: Any,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Any,
+    position_ids: Any = None,
+    layer_past: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """`FalconAttention.forward`."""
+    return _replacement(
+        self,
+        hidden_states,
+        alibi=alibi,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        layer_past=layer_past,
+        **options,
+    )
+
+
+HOST = PatchSet(
+    Patch(
+        f"{MODULE}:FalconAttention.forward",
+        forward,
+        ("self", "hidden_states", "alibi", "attention_mask", "position_ids", "layer_past"),
+        keep_as=hosts.KEPT,
+    ),
+    Patch(
+        f"{MODULE}:FalconModel._update_causal_mask",
+        update_causal_mask,
+        ("self", "attention_mask", "input_tensor", "cache_position", "past_key_values", "output_attentions", "alibi"),
+        keep_as="update_causal_mask_before_flashbias",
+    )
+    if hosts.is_older(MODULE)
+    else Patch(
+        f"{MODULE}:create_causal_mask",
+        create_causal_mask,
+        ("config", "inputs_embeds", "attention_mask", "past_key_values"),
+    ),
+    distribution="transformers",
+    versions=hosts.VERSIONS,
+    host="transformers' Falcon with ALiBi",
+)

@@ -1,0 +1,148 @@
+"""MPT: positions are those of the keys, padding included; slopes from the host's own ALiBi tensor.
+
+The host refuses more keys than `max_seq_len`; here any number will do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flashbias.integrations.integration import say_once
+from flashbias.patches import Patch, PatchSet
+
+from . import hosts
+from .positions import Positions, place
+
+MODULE = "transformers.models.mpt.modeling_mpt"
+
+_host_only: list[bool] = []  # not empty inside a call of a model that is left to the host
+
+
+def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kw: Any) -> Any:
+    """`modeling_mpt.create_causal_mask`: a `Positions` in place of the mask."""
+    if _host_only or hosts.leaves("MPT", hosts.NAME, attention_mask):
+        from transformers import masking_utils
+
+        return masking_utils.create_causal_mask(
+            config, inputs_embeds, attention_mask, past_key_values=past_key_values, **kw
+        )
+    return hosts.with_cache(inputs_embeds, attention_mask, past_key_values)
+
+
+def prepare_causal_mask(
+    attention_mask: Any, input_shape: Any, inputs_embeds: Tensor, past_key_values_length: Any, *others: Any
+) -> Any:
+    """`_prepare_4d_causal_attention_mask`: a `Positions` in place of the mask. Static caches never worked there."""
+    if _host_only or hosts.leaves("MPT", hosts.NAME, attention_mask) or isinstance(past_key_values_length, Tensor):
+        from transformers import modeling_attn_mask_utils
+
+        return modeling_attn_mask_utils._prepare_4d_causal_attention_mask(
+            attention_mask, input_shape, inputs_embeds, past_key_values_length, *others
+        )
+    n_q = input_shape[1]
+    return place(n_q, past_key_values_length + n_q, past_key_values_length, attention_mask, inputs_embeds.device)
+
+
+def attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_bias: Tensor,
+    past_key_values: Any,
+    attention_mask: Positions,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`MptAttention.forward`: hidden states `(B, N, channels)`, position_bias `(H, 1, max_seq_len)`."""
+    qkv = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    key, value = hosts.append(module, past_key_values, key, value, options)
+    slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+    out = attention_mask.attend(query, key, value, module.softmax_scale, slopes)
+    return module.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _not_covered(
+    module: Any,
+    hidden_states: Tensor,
+    position_bias: Tensor | None,
+    past_key_values: Any,
+    attention_mask: Any,
+    **options: Any,
+) -> str | None:
+    if position_bias is None or position_bias.shape[-1] < 2:
+        return "a position bias of less than two keys"
+    return hosts.not_covered(module, hidden_states, module.attn_dropout_p, options)
+
+
+def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:
+    return ~positions.allowed(options["position_bias"].device)
+
+
+_replacement = hosts.Attention("alibi: MPT", attention, _not_covered, hosts.KEPT, _mask_of)
+
+
+def forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_bias: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """`MptAttention.forward`."""
+    return _replacement(
+        self,
+        hidden_states,
+        position_bias=position_bias,
+        past_key_values=past_key_values,
+        attention_mask=attention_mask,
+        **options,
+    )
+
+
+def model_forward(self: Any, *args: Any, **options: Any) -> Any:
+    """`MptModel.forward`: it tells neither masks nor layers what was asked of it."""
+    wanted = options.get("output_attentions")
+    wanted = self.config.output_attentions if wanted is None else wanted
+    if wanted:
+        say_once("alibi: MPT: output_attentions is not covered, the host's own code computes it")
+    if not wanted and not hosts.leaves("MPT", self.config._attn_implementation, None):
+        return self.forward_before_flashbias(*args, **options)
+    _host_only.append(True)
+    try:
+        return self.forward_before_flashbias(*args, **options)
+    finally:
+        _host_only.pop()
+
+
+HOST = PatchSet(
+    Patch(
+        f"{MODULE}:MptAttention.forward",
+        forward,
+        ("self", "hidden_states", "position_bias", "past_key_values", "attention_mask"),
+        keep_as=hosts.KEPT,
+    ),
+    Patch(
+        f"{MODULE}:MptModel.forward",
+        model_forward,
+        ("self",),
+        keep_as=hosts.KEPT,
+    ),
+    Patch(
+        f"{MODULE}:_prepare_4d_causal_attention_mask",
+        prepare_causal_mask,
+        ("attention_mask", "input_shape", "inputs_embeds", "past_key_values_length", "sliding_window"),
+    )
+    if hosts.is_older(MODULE)
+    else Patch(
+        f"{MODULE}:create_causal_mask",
+        create_causal_mask,
+        ("config", "inputs_embeds", "attention_mask", "past_key_values"),
+    ),
+    distribution="transformers",
+    versions=hosts.VERSIONS,
+    host="transformers' MPT",
+)

@@ -1,0 +1,248 @@
+"""`flashbias language-model models`: whole models of transformers, stock and patched, with random weights."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flashbias.errors import FlashBiasError
+
+BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
+MPT = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 65536}
+FALCON = {
+    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 50304, "alibi": True,
+    "multi_query": False, "parallel_attn": False, "new_decoder_architecture": False, "bias": True,
+}  # fmt: skip
+SMALL = {"vocab_size": 128}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom-560m": ("Bloom", BLOOM),
+    "falcon-rw-1b": ("Falcon", FALCON),
+    "mpt-7b": ("Mpt", MPT),
+    "tiny-bloom": ("Bloom", SMALL | {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "tiny-falcon": ("Falcon", FALCON | SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "tiny-mpt": ("Mpt", SMALL | {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 4096}),
+}
+ATTENTIONS = ("flashbias", "sdpa without bias (wrong)", "stock")
+CHECKED = 1024  # tokens at which outputs are compared with the stock model in fp32
+DECODED = 16
+REPEATS = 3
+
+
+def run(
+    names: Sequence[str], lengths: Sequence[int], decode: int, path: Path | None, device: str, out: Path | None
+) -> int:
+    """Measure and store, row by row; returns the exit code."""
+    from flashbias.recipes import machine
+
+    device = machine.choose_device(device)
+    names = [word for name in names for word in name.split(",")] or [n for n in MODELS if not n.startswith("tiny")]
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or (path is not None and len(names) > 1):
+        raise FlashBiasError(f"--model {','.join(names)}", "one of " + ", ".join(MODELS), "with --path name one model")
+    folder = out or Path("recipes", "results", machine.folder_name(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    conditions = machine.conditions(device) | {"transformers": machine.version("transformers")}
+    rows: list[dict[str, Any]] = []
+    with (folder / "language_model_models.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = None
+        for name in names:
+            for row in measure(name, lengths, decode, path, device):
+                row |= conditions
+                writer = writer or _writer(file, row)
+                writer.writerow(row)
+                file.flush()
+                figures = (
+                    f"{row['milliseconds'] or '-':>9} ms {row['peak_mib'] or '-':>9} MiB {row['tokens_per_second']}"
+                )
+                print(f"{name:13} {row['work']:7} {row['attention']:26} {row['tokens']:6} {figures} {row['reason']}")
+                rows.append(row)
+    wrong = [row for row in rows if row["attention"] == "flashbias" and not row["accurate"]]
+    print(json.dumps({"rows": len(rows), "wrong": len(wrong)}), flush=True)
+    return 1 if wrong else 0
+
+
+def _writer(file: Any, row: dict[str, Any]) -> Any:
+    writer = csv.DictWriter(file, row, lineterminator="\n")
+    writer.writeheader()
+    return writer
+
+
+def measure(name: str, lengths: Sequence[int], decode: int, path: Path | None, device: str) -> Iterator[dict[str, Any]]:
+    """A row for each attention and length, and for decoding."""
+    import torch
+
+    model = make(name, path, device)
+    errors = check(model, device)
+    base = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), **errors}
+    for attention in ATTENTIONS:
+        full = False
+        for tokens in lengths:
+            row = base | {"work": "prefill", "attention": attention, "tokens": tokens, "milliseconds": "",
+                          "peak_mib": "", "tokens_per_second": "", "reason": ""}  # fmt: skip
+            if full:
+                yield row | {"reason": "a shorter prompt did not fit"}
+                continue
+            try:
+                with as_asked(attention):
+                    yield row | prefill(model, tokens, device)
+            except Exception as failure:
+                full = isinstance(failure, torch.OutOfMemoryError)
+                yield row | {"reason": _reason(failure)}
+            _free(device)
+        if decode:
+            row = base | {"work": "decode", "attention": attention, "tokens": decode, "milliseconds": "",
+                          "peak_mib": "", "tokens_per_second": "", "reason": ""}  # fmt: skip
+            try:
+                yield row | decoding(model, attention, decode, device)
+            except Exception as failure:
+                yield row | {"reason": _reason(failure)}
+            _free(device)
+
+
+def make(name: str, path: Path | None, device: str) -> Any:
+    """The model in evaluation, bf16 on a GPU and fp32 on a CPU; Falcon by its SDPA path, which has ALiBi once."""
+    import torch
+
+    from flashbias.integrations._torchvision import make_importable
+
+    make_importable()
+    import transformers
+
+    kind, options = MODELS[name]
+    attention = "sdpa" if kind == "Falcon" else "eager"
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    cls = getattr(transformers, f"{kind}ForCausalLM")
+    if path is not None:
+        return cls.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device).eval()
+    config = getattr(transformers, f"{kind}Config")(**options)
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return cls(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def as_asked(attention: str) -> Iterator[None]:
+    """Inside, models run the attention of that name."""
+    import torch.nn.functional as F
+
+    from flashbias.integrations import alibi
+    from flashbias.integrations.alibi.positions import Positions
+
+    def without_bias(self: Any, query: Any, key: Any, value: Any, scale: float, slopes: Any = None) -> Any:
+        shape = query.shape
+        if query.dim() > 4:  # Falcon's heads are a batch; torch's fused kernels take four dimensions
+            query, key, value = (part.flatten(1, -3) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.n_q > 1, scale=scale)
+        return out.view(shape)
+
+    attend = Positions.attend
+    (alibi.revert if attention == "stock" else alibi.apply)()
+    if attention.startswith("sdpa"):
+        Positions.attend = without_bias  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Positions.attend = attend  # type: ignore[method-assign]
+        alibi.revert()
+
+
+def check(model: Any, device: str) -> dict[str, Any]:
+    """Errors of the last hidden states at `CHECKED` tokens, ours and the host's, relative to the host in fp32."""
+    import copy
+
+    import torch
+
+    n = min(CHECKED, getattr(model.config, "max_seq_len", CHECKED))
+    ids = _ids(model, n, device)
+    found = {}
+    with torch.no_grad():
+        for attention in ("flashbias", "stock"):
+            with as_asked(attention):
+                found[attention] = model.base_model(ids, use_cache=False).last_hidden_state.float()
+        exact = copy.deepcopy(model.base_model).float()
+        with as_asked("stock"):
+            oracle = exact(ids, use_cache=False).last_hidden_state
+    del exact
+    _free(device)
+    size = oracle.abs().max()
+    errors = {name: ((result - oracle).abs().max() / size).item() for name, result in found.items()}
+    # In fp32 the host is the measure itself: both are rounded in each of many layers.
+    roundings = 64 if model.dtype == torch.float32 else 4
+    bound = 2 * errors["stock"] + roundings * torch.finfo(model.dtype).eps
+    return {"error": errors["flashbias"], "host_error": errors["stock"], "accurate": errors["flashbias"] <= bound}
+
+
+def prefill(model: Any, tokens: int, device: str) -> dict[str, Any]:
+    """Median time and peak memory of the layers on one prompt, its cache filled; logits are left out."""
+    import torch
+
+    from flashbias.recipes.memory import peak_memory
+
+    ids = _ids(model, tokens, device)
+    with torch.no_grad():
+        memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)[1]
+        times = [_milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)]
+    return {"milliseconds": round(sorted(times)[len(times) // 2], 3), "peak_mib": round(memory / 2**20)}
+
+
+def decoding(model: Any, attention: str, tokens: int, device: str) -> dict[str, Any]:
+    """Tokens a second, one at a time, behind a prompt of so many; the prompt is read by ours."""
+    import torch
+
+    ids = _ids(model, 1, device)
+    with torch.no_grad():
+        with as_asked("flashbias"):
+            cache = model.base_model(_ids(model, tokens, device), use_cache=True).past_key_values
+
+        def step() -> None:
+            for _ in range(DECODED):
+                model.base_model(ids, past_key_values=cache, use_cache=True)
+
+        with as_asked(attention):
+            step()
+            elapsed = _milliseconds(step, device)
+    return {"milliseconds": round(elapsed / DECODED, 3), "tokens_per_second": round(DECODED * 1e3 / elapsed, 2)}
+
+
+def _ids(model: Any, tokens: int, device: str) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(device)
+
+
+def _milliseconds(work: Callable[[], object], device: str) -> float:
+    import time
+
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) * 1e3
+
+
+def _free(device: str) -> None:
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:160]

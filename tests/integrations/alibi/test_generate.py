@@ -1,0 +1,60 @@
+"""`generate()`: token for token what the host's own code in fp32 writes."""
+
+import pytest
+import torch
+
+from .conftest import DEVICE, HOSTS, make_ids, make_mask
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_five_prompts_of_different_lengths(make_model, stock, calls, kind, options):
+    model, ids, mask = make_model(kind), make_ids(5, 15), make_mask("left", 5, 15)
+
+    def write():
+        return model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, **options)
+
+    ours = write()
+    assert ours.shape == (5, 55)
+    assert len(calls) == 2 * 40
+    with stock():
+        assert torch.equal(ours, write())
+
+
+@pytest.mark.parametrize("kind", ["bloom"])
+def test_static_cache(make_model, stock, calls, kind):
+    model, ids, mask = make_model(kind), make_ids(3, 9), make_mask("left", 3, 9)
+
+    def write(**options):
+        return model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
+
+    ours = write(cache_implementation="static")
+    assert len({key for _, key, _ in calls}) == 1
+    with stock():
+        assert torch.equal(ours, write())
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])  # MPT's generation has no cache yet where the prompt is cut
+def test_prompt_in_chunks(make_model, stock, kind):
+    model, ids = make_model(kind), make_ids(1, 20)
+    ones = torch.ones_like(ids)
+
+    def write(**options):
+        return model.generate(ids, attention_mask=ones, max_new_tokens=8, do_sample=False, **options)
+
+    ours = write(prefill_chunk_size=7)
+    with stock():
+        assert torch.equal(ours, write())
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_pipeline_on_one_prompt_without_a_mask(make_model, stock, kind):
+    model, ids = make_model(kind), make_ids(1, 6)
+
+    def write():
+        with torch.no_grad():
+            return model.generate(ids.to(DEVICE), max_new_tokens=10, do_sample=False)
+
+    ours = write()
+    with stock():
+        assert torch.equal(ours, write())

@@ -1,0 +1,73 @@
+"""The recipe on language models, at sizes that say that it works and nothing about speed."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from flashbias.recipes.language_model import gpt, models
+from flashbias.recipes.language_model.accuracy import run as train
+
+WAYS = ["torch", "flashbias", "factors in fp16", "factors in bf16"]
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_by_both_is_the_same(tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_bytes(b"Memory grows with the length, and not with its square. " * 900)
+    assert train(text, 3, 0, "cpu", tmp_path) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["same"] is True
+    losses = read(tmp_path / "language_model_loss.csv")
+    assert [(row["way"], row["step"]) for row in losses] == [(way, str(step)) for way in WAYS for step in range(3)]
+    found = read(tmp_path / "language_model_perplexity.csv")
+    assert [row["length"] for row in found] == ["64", "128", "256", "512"] * 4
+    assert all(row["torch"] and row["commit"] is not None for row in found)
+    assert (tmp_path / "language_model.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("way", ["torch", "factors in fp16"])
+def test_ways_agree_where_positions_are_exact(way):
+    model, ids = gpt.GPT(2, 32, 2), torch.randint(256, (2, 100))
+    torch.testing.assert_close(model(ids, way), model(ids, "flashbias"), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_positions_are_rounded_beyond_256():
+    model, ids = gpt.GPT(1, 32, 2), torch.randint(256, (1, 600))
+    exact, rounded = model(ids, "flashbias"), model(ids, "factors in bf16")
+    gap = (exact - rounded).abs().amax((0, 2))
+    assert gap[:256].max() < 1e-4 < gap[300:].max()
+
+
+def test_corpus_is_cut_into_two(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(100)))
+    train_part, held_out = gpt.corpus(path)
+    assert (len(train_part), len(held_out)) == (90, 10)
+    assert held_out[0] == 90
+    assert len(gpt.corpus(None, most=1000)[0]) > 800
+
+
+def test_every_attention_has_its_row_and_a_failure_says_why(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "CHECKED", 40)
+    monkeypatch.setattr(models, "DECODED", 2)
+    monkeypatch.setattr(models, "REPEATS", 1)
+    kind, options = models.MODELS["tiny-mpt"]
+    monkeypatch.setitem(models.MODELS, "tiny-mpt", (kind, options | {"max_seq_len": 48}))
+    assert models.run(["tiny-mpt"], [32, 64], 40, None, "cpu", tmp_path) == 0
+    rows = read(tmp_path / "language_model_models.csv")
+    assert [(row["attention"], row["work"], row["tokens"]) for row in rows] == [
+        (attention, *work)
+        for attention in models.ATTENTIONS
+        for work in (("prefill", "32"), ("prefill", "64"), ("decode", "40"))
+    ]
+    failed = [row for row in rows if row["reason"]]
+    assert [(row["attention"], row["tokens"]) for row in failed] == [("stock", "64")], "more keys than max_seq_len"
+    assert all(float(row["milliseconds"]) > 0 for row in rows if not row["reason"])
+    assert {row["accurate"] for row in rows} == {"True"}

@@ -9,12 +9,15 @@ import typer
 
 from flashbias.errors import FlashBiasError
 
+from .protenix.commands import app as protenix
+
 app = typer.Typer(
     help="Attention with an additive bias, and models that use it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(protenix, name="protenix")
 
 
 @app.command()

@@ -7,7 +7,7 @@ undoes it. Weights and state dicts stay what they are.
   rows; bf16 and fp32; inference and training), is exact: all rows read one bias `(H, N, N)`, which is never expanded.
   It takes the place of whatever kernel `triangle_attention=` names, installed or not.
 - Pair-biased attention between tokens (Pairformer, confidence head, diffusion transformer) is exact too.
-- Local attention between atoms is exact; it makes neither copies of its overlapping windows nor a matrix over all atoms.
+- Local attention between atoms is exact; neither windows are copied nor a matrix over all atoms made.
 - The biases of a diffusion step do not change from step to step: within a call of `Protenix.sample_diffusion` each
   block makes its own once, and it is freed at the end. `configure(bias_cache_gb=...)` limits the memory for that.
 
@@ -29,8 +29,8 @@ from . import diffusion, local, pair_bias, triangle
 class Settings:
     """bias_cache_gb: memory for the diffusion biases of one target, in 10^9 bytes; 0 keeps none.
 
-    All blocks of the base model need 1.5 KB for each pair of tokens and 12 KB for each atom. Blocks for which nothing is
-    left make their bias in every step, as Protenix does.
+    All blocks of the base model need 1.5 KB for each pair of tokens and 12 KB for each atom. Blocks for which nothing
+    is left make their bias in every step, as Protenix does.
     """
 
     bias_cache_gb: float = 8.0

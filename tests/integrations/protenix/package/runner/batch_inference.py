@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import click
-
 from protenix.model.triangular.triangular import TriangleAttention
 
 

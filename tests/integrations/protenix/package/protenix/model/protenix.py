@@ -16,9 +16,7 @@ class PairformerBlock(nn.Module):
         super().__init__()
         self.c_s = C_S
         self.tri_att_start, self.tri_att_end = TriangleAttention(C_Z, 8, 2), TriangleAttention(C_Z, 8, 2)
-        self.attention_pair_bias = AttentionPairBias(
-            has_s=False, create_offset_ln_z=True, n_heads=2, c_a=C_S, c_z=C_Z
-        )
+        self.attention_pair_bias = AttentionPairBias(has_s=False, create_offset_ln_z=True, n_heads=2, c_a=C_S, c_z=C_Z)
 
     def forward(
         self,

@@ -32,7 +32,7 @@ def flashbias(tmp_path):
 def test_arguments_are_protenix_own_and_the_patch_is_on(flashbias, tmp_path):
     process = flashbias("pred", "-i", "input.json", "--out_dir", "made", "--seeds", "1,2", "--use_msa", "false")
     assert process.returncode == 0, process.stderr
-    assert process.stdout == "predicted\n"
+    assert (process.stdout, process.stderr) == ("predicted\n", "")
     run = json.loads((tmp_path / "made/run.json").read_text())
     assert (run["input"], run["seeds"], run["use_msa"]) == ("input.json", "1,2", False)
     assert run["triatt_kernel"] == "cuequivariance"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import click
+import torch
 from protenix.model.triangular.triangular import TriangleAttention
 
 
@@ -21,6 +22,7 @@ def protenix_cli():
 def predict(**options):
     if options["input"] == "nothing":
         raise RuntimeError("input file nothing does not exist")
+    TriangleAttention(8, 8, 1)(torch.ones(3, 3, 8))
     out = Path(options["out_dir"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").write_text(json.dumps(options | {"attention": TriangleAttention.forward.__module__}))

@@ -101,8 +101,8 @@ def block(built: Any, tokens: int, device: str) -> list[dict[str, Any]]:
                 work()
                 made, memory = peak_memory(work, device)
                 timing = time_all({kernel: work}, device, REPEATS, lambda name: None)[kernel]
-        except Exception as error:
-            rows.append(_row(tokens, "block", kernel, status=f"failed: {type(error).__name__}: {error}"[:200]))
+        except Exception as failure:
+            rows.append(_row(tokens, "block", kernel, status=f"failed: {type(failure).__name__}: {failure}"[:200]))
             continue
         error = ((made.float() - oracle).abs().max() / oracle.abs().max()).item()
         rows.append(

@@ -168,8 +168,8 @@ def _without_bias() -> Iterator[None]:
 
     def attention(query: Any, key: Any, value: Any, bias: Any, *, mask: Any = None, scale: float) -> Any:
         # Torch has no fused kernel for more than one batch dimension.
-        flat = (x.flatten(0, -4) if x.dim() > 4 else x for x in (query, key, value))
-        return F.scaled_dot_product_attention(*flat, scale=scale).view(*query.shape[:-1], value.shape[-1])
+        q, k, v = (x.flatten(0, -4) if x.dim() > 4 else x for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).view(*query.shape[:-1], value.shape[-1])
 
     modules = triangle, pair_bias, local
     kept = [module.biased_attention for module in modules]

@@ -2,11 +2,15 @@
 
 
 class ConfigDict(dict):
-    __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__
 
     def __init__(self, entries=()):
         super().__init__({k: ConfigDict(v) if isinstance(v, dict) else v for k, v in dict(entries).items()})
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
     def update(self, entries):
         for name, value in entries.items():

@@ -13,7 +13,9 @@ Steps = Annotated[int, typer.Option(min=1, help="Of the diffusion.")]
 Samples = Annotated[int, typer.Option(min=1, help="Structures from one trunk.")]
 Seed = Annotated[int, typer.Option(help="Of the noise; the same for every row.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Only the first so many, or, beyond all, further copies.")]
-Features = Annotated[Path | None, typer.Option("--input", help="Features as .npz; by default those of PDB 7wux.")]
+Features = Annotated[
+    Path | None, typer.Option("--input", help="Protenix' input as .json, or features as .npz; by default PDB 7wux.")
+]
 Checkpoint = Annotated[Path | None, typer.Option(help="Of the base model v1.0.0; by default weights are random.")]
 Blocks = Annotated[int | None, typer.Option(min=1, help="Only so many of each stack: a dry run, no measurement.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")]
@@ -44,8 +46,8 @@ def compare(
     """Run the model stock and patched with the same noise: seconds by stage, memory, and how far the results differ.
 
     All against the torch kernel in fp32. Writes protenix_compare.csv; the last line of stdout is JSON. Exit code 1: the
-    patch is further away than other chunks of rows bring the torch kernel in fp32, twice, or than the stock kernels are
-    in bf16.
+    patch's coordinates are further away than 2 times what other chunks of rows do to the torch kernel's in fp32, or than
+    1.1 times the stock kernels' in bf16.
     """
     from .report import Request, Size, as_table, title
     from .report import compare as run
@@ -126,4 +128,6 @@ def _show(table: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(table, width=max(console.width, 130))
+    if not console.is_terminal:  # nobody's window, where the table would be broken
+        console = Console(width=130)
+    console.print(table)

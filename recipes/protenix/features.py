@@ -2,7 +2,7 @@
 
 `7wux_features.npz` was made by Protenix 2.0.0's own featuriser from the entry in its examples, without an MSA. It holds
 arrays, the dtypes that the model wants, and shapes of arrays that are zero; nothing in it is pickled. Any other file of
-that form serves as well.
+that form serves as well, and Protenix' own input, JSON, where its data are installed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ class FeaturesError(FlashBiasError, ValueError):
 def load(path: Path | None = None, tokens: int | None = None) -> dict[str, Any]:
     """What `Protenix.forward` takes as `input_feature_dict`, which it changes: make it anew for each call, or copy it.
 
-    path: of the features, by default those of 7wux. tokens: only the first so many, or, beyond all, further copies of
-    the target beside the first. Raises `FeaturesError` for a file of another form.
+    path: of the features, by default those of 7wux, or `.json` for Protenix. featuriser. tokens: the first so many only,
+    or, beyond all, further copies of the target beside the first. Raises `FeaturesError` for a file of another form.
     """
     import numpy
     import torch
 
+    if path is not None and path.suffix == ".json":
+        return _featurise(path, tokens)
     file = resources.files(__package__) / "7wux_features.npz" if path is None else path
     try:
         with file.open("rb") as stream, numpy.load(stream, allow_pickle=False) as stored:
@@ -52,6 +54,31 @@ def load(path: Path | None = None, tokens: int | None = None) -> dict[str, Any]:
         if "/" in name:
             group, _, name = name.partition("/")
             features.setdefault(group, {})[name] = array
+    return features
+
+
+def _featurise(path: Path, tokens: int | None) -> dict[str, Any]:
+    """The first entry of a Protenix input, by Protenix."""
+    import importlib
+
+    from .host import configurations
+
+    if tokens is not None:
+        raise FeaturesError("--tokens beside a JSON input", "features as .npz, or all tokens", "leave one of them out")
+    try:
+        configs = configurations()
+        configs.input_json_path = str(path)
+        dataset = importlib.import_module("protenix.data.inference.infer_dataloader").InferenceDataset(configs=configs)
+        data, _, problem = dataset[0]
+    except Exception as error:  # whatever its data pipeline raises
+        data, problem = None, f"{type(error).__name__}: {error}"
+    if data is None or problem:
+        raise FeaturesError(
+            f"{path}, of which Protenix makes no features: {problem}",
+            "an input as for `protenix pred`, and Protenix with its data",
+            "see whether `protenix pred` takes it",
+        )
+    features: dict[str, Any] = data["input_feature_dict"]
     return features
 
 

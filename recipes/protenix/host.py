@@ -54,7 +54,7 @@ def build(device: str, checkpoint: Path | None = None, blocks: int | None = None
     os.environ.setdefault("LAYERNORM_TYPE", "torch")
     with stand_ins() as missing:
         try:
-            configs = _configs()
+            configs = configurations()
             protenix = importlib.import_module("protenix.model.protenix").Protenix
         except ImportError as error:
             raise ModelError(
@@ -78,8 +78,8 @@ def build(device: str, checkpoint: Path | None = None, blocks: int | None = None
     return Host(model.to(device), weights, ", ".join(missing))
 
 
-def _configs() -> Any:
-    """Those of `protenix pred` for the base model, with the torch kernels."""
+def configurations() -> Any:
+    """Those of `protenix pred` for the base model and up to 2,560 tokens, with the torch kernels."""
     parse = importlib.import_module("protenix.config.config").parse_configs
     parts = {name: importlib.import_module(f"configs.configs_{name}") for name in ("base", "data", "inference")}
     models = importlib.import_module("configs.configs_model_type").model_configs
@@ -87,6 +87,7 @@ def _configs() -> Any:
     configs = parse(merged, fill_required_with_null=True)
     configs.update(importlib.import_module("ml_collections").ConfigDict(models[MODEL]))
     configs.triangle_attention = configs.triangle_multiplicative = "torch"
+    configs.skip_amp.sample_diffusion = configs.skip_amp.confidence_head = True
     return configs
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .host import Host
+from .host import Host, ModelError
 
 STAGES = {"trunk": "get_pairformer_output", "diffusion": "sample_diffusion", "confidence": "run_confidence_head"}
 # The packages that Protenix' kernels of these names need.
@@ -145,6 +145,8 @@ def computed_by(variant: Variant, host: Host) -> Iterator[None]:
     name = stock if patched else variant.kernel
     before = ours.is_applied(), matmul.allow_tf32, configs.infer_setting.chunk_size_thresholds
     (ours.apply if patched else ours.revert)()
+    if patched and not ours.is_applied():
+        raise ModelError("a patch that is off by FLASHBIAS_DISABLE", "the patch on", "unset FLASHBIAS_DISABLE")
     matmul.allow_tf32 = variant.tf32
     configs.triangle_attention = name
     configs.triangle_multiplicative = "cuequivariance" if name == "cuequivariance" else "torch"

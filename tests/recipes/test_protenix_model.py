@@ -69,7 +69,7 @@ def test_a_training_step_gives_the_gradients_of_the_torch_kernel(built):  # noqa
     assert any("linear_nobias_z" in name for name in result)
     total = sum(g.square().sum() for g in theirs.values()).sqrt()
     difference = sum((result[name] - theirs[name]).square().sum() for name in theirs).sqrt()
-    assert 0 < total
+    assert total > 0
     assert difference < 1e-4 * total
 
 

@@ -1,6 +1,7 @@
 """Whole runs of Protenix by every kernel: on a stand-in, or on the real package of `FLASHBIAS_PROTENIX_PATH`."""
 
 import csv
+import json
 import os
 import sys
 from pathlib import Path
@@ -116,9 +117,9 @@ def test_compare_reports_what_is_promised(tmp_path):
     assert rmsd["torch, fp32"] == 0
     assert rmsd["flashbias, fp32"] < rmsd["flashbias, bf16"]
     fp32 = rmsd["flashbias, fp32"] <= 2 * rmsd["torch, fp32, other chunks"]
-    bf16 = rmsd["flashbias, bf16"] <= rmsd["torch, bf16"]
+    bf16 = rmsd["flashbias, bf16"] <= 1.1 * rmsd["torch, bf16"]
     assert f"flashbias, fp32 within 2 x torch, fp32, other chunks: {'yes' if fp32 else 'NO'}" in done.output
-    assert f"flashbias, bf16 within 1 x torch, bf16: {'yes' if bf16 else 'NO'}" in done.output
+    assert f"flashbias, bf16 within 1.1 x torch, bf16: {'yes' if bf16 else 'NO'}" in done.output
     assert done.exit_code == (0 if fp32 and bf16 else 1)
 
 
@@ -162,3 +163,39 @@ def test_without_protenix_there_is_a_named_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "protenix.config.config", None)
     with pytest.raises(host.ModelError, match="pip install protenix"):
         host.build("cpu")
+
+
+@pytest.fixture
+def json_input(tmp_path):
+    def write(sequence):
+        path = tmp_path / "input.json"
+        path.write_text(
+            json.dumps([{"name": "a", "sequences": [{"proteinChain": {"sequence": sequence, "count": 1}}]}])
+        )
+        return path
+
+    return write
+
+
+@pytest.mark.skipif("FLASHBIAS_PROTENIX_PATH" in os.environ, reason="Protenix' featuriser needs its data")
+def test_protenix_own_input_is_taken(tmp_path, json_input):
+    arguments = ["--input", str(json_input("MKTAYIAK")), *SMALL[2:], "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, ["protenix", "table", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = read(tmp_path / "protenix_table.csv")
+    assert (rows[whole.OURS]["tokens"], rows[whole.OURS]["atoms"]) == ("8", "16")
+
+
+@pytest.mark.parametrize(("sequence", "tokens", "found"), [("M?", None, "no features"), ("MK", 1, "--tokens")])
+def test_an_input_that_gives_no_features_is_refused(json_input, sequence, tokens, found):
+    with pytest.raises(features.FeaturesError, match=found):
+        features.load(json_input(sequence), tokens)
+
+
+def test_a_patch_that_is_off_is_not_measured_as_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHBIAS_DISABLE", "1")
+    rows = report.table(report.Request(whole.Size(1, 2, 2), tokens=12, blocks=1, device="cpu", out=tmp_path))
+    found = {row["variant"]: row for row in rows}
+    assert found["torch"]["status"] == "ok"
+    assert found[whole.OURS]["status"] == "failed"
+    assert "FLASHBIAS_DISABLE" in found[whole.OURS]["reason"]

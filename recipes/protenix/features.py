@@ -22,8 +22,8 @@ class FeaturesError(FlashBiasError, ValueError):
 def load(path: Path | None = None, tokens: int | None = None) -> dict[str, Any]:
     """What `Protenix.forward` takes as `input_feature_dict`, which it changes: make it anew for each call, or copy it.
 
-    path: of the features, by default those of 7wux, or `.json` for Protenix. featuriser. tokens: the first so many only,
-    or, beyond all, further copies of the target beside the first. Raises `FeaturesError` for a file of another form.
+    path: of the features, by default those of 7wux; or `.json`, for Protenix' featuriser. tokens: only the first so
+    many, or, beyond all, further copies of the target beside the first. Raises `FeaturesError` for another form.
     """
     import numpy
     import torch

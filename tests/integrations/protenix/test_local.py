@@ -107,3 +107,16 @@ def test_other_methods_of_the_host_stay(transformer, calls, caplog):
         transformer(*make_inputs(70))
     assert not calls
     assert "global_attention_with_bias" in caplog.text
+
+
+def test_compiled_once_for_all_lengths(host):
+    attention = give_structure(
+        host.transformer.AttentionPairBias(has_s=False, n_heads=2, c_a=C, c_z=C_Z, cross_attention_mode=True)
+    )
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for atoms in (70, 100):
+            q, _, z = make_inputs(atoms)
+            torch.testing.assert_close(
+                compiled(q, None, z, n_queries=32, n_keys=128), attention(q, None, z, n_queries=32, n_keys=128)
+            )

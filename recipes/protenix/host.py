@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from flashbias.errors import FlashBiasError
@@ -67,7 +67,7 @@ def build(device: str, checkpoint: Path | None = None, blocks: int | None = None
             configs.model[stack].n_blocks = blocks
         configs.model.diffusion_module.transformer.n_blocks = blocks
     torch.manual_seed(seed)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _drawn_by_torch():
         model = protenix(configs).eval()
     if checkpoint is not None:
         _load(model, checkpoint)
@@ -89,6 +89,27 @@ def configurations() -> Any:
     configs.triangle_attention = configs.triangle_multiplicative = "torch"
     configs.skip_amp.sample_diffusion = configs.skip_amp.confidence_head = True
     return configs
+
+
+@contextlib.contextmanager
+def _drawn_by_torch() -> Iterator[None]:
+    """Inside, torch draws initial weights in scipy's place: as these are distributed, in seconds, and by its seed."""
+    import torch
+
+    layers: Any = importlib.import_module("protenix.model.triangular.layers")
+    scipys = getattr(layers, "truncnorm", None)
+
+    def rvs(a: float, b: float, loc: float, scale: float, size: int) -> Any:
+        drawn = torch.nn.init.trunc_normal_(torch.empty(size), loc, scale, loc + a * scale, loc + b * scale)
+        return drawn.numpy()
+
+    if scipys is not None:
+        layers.truncnorm = SimpleNamespace(std=scipys.std, rvs=rvs)
+    try:
+        yield
+    finally:
+        if scipys is not None:
+            layers.truncnorm = scipys
 
 
 def _load(model: Any, checkpoint: Path) -> None:

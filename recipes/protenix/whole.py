@@ -139,15 +139,15 @@ def computed_by(variant: Variant, host: Host) -> Iterator[None]:
 
     from flashbias.integrations import protenix as ours
 
-    configs, matmul = host.configs, torch.backends.cuda.matmul
+    configs, matmul, cudnn = host.configs, torch.backends.cuda.matmul, torch.backends.cudnn
     patched = variant.kernel in (OURS, NO_BIAS)
     stock = "cuequivariance" if patched and not absent("cuequivariance", "cuda") else "torch"
     name = stock if patched else variant.kernel
-    before = ours.is_applied(), matmul.allow_tf32, configs.infer_setting.chunk_size_thresholds
+    before = ours.is_applied(), matmul.allow_tf32, cudnn.allow_tf32, configs.infer_setting.chunk_size_thresholds
     (ours.apply if patched else ours.revert)()
     if patched and not ours.is_applied():
         raise ModelError("a patch that is off by FLASHBIAS_DISABLE", "the patch on", "unset FLASHBIAS_DISABLE")
-    matmul.allow_tf32 = variant.tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = variant.tf32
     configs.triangle_attention = name
     configs.triangle_multiplicative = "cuequivariance" if name == "cuequivariance" else "torch"
     if variant.chunk is not None:
@@ -156,7 +156,7 @@ def computed_by(variant: Variant, host: Host) -> Iterator[None]:
         with _without_bias() if variant.kernel == NO_BIAS else contextlib.nullcontext():
             yield
     finally:
-        applied, matmul.allow_tf32, configs.infer_setting.chunk_size_thresholds = before
+        applied, matmul.allow_tf32, cudnn.allow_tf32, configs.infer_setting.chunk_size_thresholds = before
         configs.triangle_attention = configs.triangle_multiplicative = "torch"
         (ours.apply if applied else ours.revert)()
 

@@ -132,6 +132,7 @@ class Integration:
 class Replacement:
     """What a patched method does with a call: compute it, or hand it to the host's own code.
 
+    `name` is the integration's, and behind a space what is computed, where there are several.
     `forward(module, ...)` computes the call. `not_covered(module, ...)` returns why it cannot, or None; it reads
     nothing that `torch.compile` cannot. `original` is the attribute under which the patch keeps the host's method.
     """
@@ -187,8 +188,8 @@ def say_once(message: str) -> bool:
 
 
 def was_called(name: str) -> bool:
-    """Whether a replacement of that name has computed anything in this process, or become part of a graph."""
-    return name in _called
+    """Whether a replacement of that integration has computed anything in this process, or become part of a graph."""
+    return any(called.partition(" ")[0] == name for called in _called)
 
 
 @_run_while_traced

@@ -11,6 +11,7 @@ from flashbias.errors import FlashBiasError
 
 from .language_model import commands as language_model
 from .neural_solver.cli import app as neural_solver
+from .protenix.commands import app as protenix
 
 app = typer.Typer(
     help="Attention with an additive bias, and models that use it.",
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(neural_solver, name="neural-solver")
+app.add_typer(protenix, name="protenix")
 
 
 @app.command()

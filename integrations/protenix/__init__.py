@@ -7,8 +7,9 @@ undoes it. Weights and state dicts stay what they are.
   rows; bf16 and fp32; inference and training), is exact: all rows read one bias `(H, N, N)`, which is never expanded.
   It takes the place of whatever kernel `triangle_attention=` names, installed or not.
 - Pair-biased attention between tokens (Pairformer, confidence head, diffusion transformer) is exact too.
-- The diffusion transformer's bias does not change from step to step: within a call of `Protenix.sample_diffusion` each
-  block makes it once, and it is freed at the end. `configure(bias_cache_gb=...)` limits the memory for that.
+- Local attention between atoms is exact; neither windows are copied nor a matrix over all atoms made.
+- The biases of a diffusion step do not change from step to step: within a call of `Protenix.sample_diffusion` each
+  block makes its own once, and it is freed at the end. `configure(bias_cache_gb=...)` limits the memory for that.
 
 Where the configuration asks for cuEquivariance's triangle multiplication and cuEquivariance is not installed, Protenix'
 own torch code computes it.
@@ -21,15 +22,15 @@ from flashbias.integrations.choice import ConfigurationError
 from flashbias.integrations.integration import Integration
 from flashbias.patches import Patch, PatchSet
 
-from . import diffusion, pair_bias, triangle
+from . import diffusion, local, pair_bias, triangle
 
 
 @dataclass(frozen=True)
 class Settings:
     """bias_cache_gb: memory for the diffusion biases of one target, in 10^9 bytes; 0 keeps none.
 
-    All blocks of the base model need 1.5 KB for each pair of tokens. Blocks for which nothing is left make their bias
-    in every step, as Protenix does.
+    All blocks of the base model need 1.5 KB for each pair of tokens and 12 KB for each atom. Blocks for which nothing
+    is left make their bias in every step, as Protenix does.
     """
 
     bias_cache_gb: float = 8.0
@@ -51,6 +52,7 @@ INTEGRATION = Integration(
     PatchSet(
         *triangle.PATCHES,
         pair_bias.PATCH,
+        local.PATCH,
         Patch(
             "protenix.model.protenix:Protenix.sample_diffusion",
             sample_diffusion,

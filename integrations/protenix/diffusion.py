@@ -1,6 +1,7 @@
-"""The pair bias of the diffusion transformer, made once for all steps and samples of a target.
+"""The pair biases of the diffusion module, made once for all steps and samples of a target.
 
-The pair representation that it is made from is an argument of `sample_diffusion`, and no step changes it.
+The pair representations of tokens and of atoms that they are made from follow from arguments of `sample_diffusion`
+that no step changes: noise and coordinates enter elsewhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +16,10 @@ from flashbias.integrations.integration import say_once
 
 
 class KeptBiases:
-    """A bias for each attention of the transformers, as far as `budget` bytes go."""
+    """A bias for each attention of the denoiser, as far as `budget` bytes go."""
 
-    def __init__(self, transformers: nn.Module, budget: int) -> None:
-        self._members, self._budget = set(transformers.modules()), budget
+    def __init__(self, denoiser: nn.Module, budget: int) -> None:
+        self._members, self._budget = set(denoiser.modules()), budget
         self._biases: dict[nn.Module, Tensor] = {}
 
     def get(self, attention: nn.Module, make: Callable[[], Tensor]) -> Tensor:
@@ -44,12 +45,11 @@ _kept: ContextVar[KeptBiases | None] = ContextVar("flashbias_protenix_biases", d
 
 @contextmanager
 def kept_biases(model: nn.Module, denoiser: Any, budget: int) -> Iterator[None]:
-    """Inside, the denoiser's token transformer keeps its biases; not in training, nor where gradients are recorded."""
-    transformer = getattr(denoiser, "diffusion_transformer", None)
-    if model.training or torch.is_grad_enabled() or not isinstance(transformer, nn.Module) or budget == 0:
+    """Inside, the denoiser's attentions keep their biases; not in training, nor where gradients are recorded."""
+    if model.training or torch.is_grad_enabled() or not isinstance(denoiser, nn.Module) or budget == 0:
         yield
         return
-    token = _kept.set(KeptBiases(transformer, budget))
+    token = _kept.set(KeptBiases(denoiser, budget))
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ def host(protenix: Any) -> SimpleNamespace:
 def calls(protenix: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The keyword and positional arguments of every call of the operator by a replacement."""
     made: list[Any] = []
-    for module in (protenix.triangle, protenix.pair_bias):
+    for module in (protenix.triangle, protenix.pair_bias, protenix.local):
 
         def counting(*args: Any, operator: Any = module.biased_attention, **kwargs: Any) -> Any:
             made.append((args, kwargs))

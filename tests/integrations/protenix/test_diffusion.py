@@ -89,7 +89,7 @@ def sample(model, denoiser):
         numpy.random.seed(1)  # of rotations
         denoiser.steps = 0
         with torch.no_grad():
-            return model.sample_diffusion(denoise_net=denoiser, **(arguments | others))
+            return model.sample_diffusion(**({"denoise_net": denoiser} | arguments | others))
 
     return run
 
@@ -120,6 +120,28 @@ def test_each_block_makes_its_bias_once(sample, denoiser, made, calls):
     assert len(calls) == BLOCKS * denoiser.steps
     values = {id(args[3].values) for args, _ in calls}
     assert len(values) == BLOCKS
+
+
+class AtomDenoiser(Denoiser):
+    """One with local attention between atoms behind that between tokens."""
+
+    def __init__(self, host):
+        super().__init__(host)
+        self.atoms = host.transformer.AtomTransformer(c_atom=3, c_atompair=8, n_blocks=2, n_heads=1)
+
+    def forward(self, p_lm, inplace_safe=False, **others):
+        x = super().forward(**others)
+        return self.atoms(x, x[:1], p_lm, inplace_safe=inplace_safe)
+
+
+def test_local_attention_makes_its_biases_once_too(host, sample, stock, calls):
+    denoiser = give_structure(AtomDenoiser(host)).eval()
+    others = {"denoise_net": denoiser, "p_lm": torch.randn(1, 1, 32, 128, 8, device=DEVICE)}
+    ours = sample(**others)
+    assert len(calls) == (BLOCKS + 2) * denoiser.steps
+    assert len({id(args[3].values) for args, _ in calls}) == BLOCKS + 2
+    with stock():
+        torch.testing.assert_close(ours, sample(**others), rtol=1e-4, atol=1e-4)
 
 
 def test_another_target_gets_other_biases(sample, stock):

@@ -19,6 +19,7 @@ def targets(host):
         "TriangleAttention": vars(host.triangular.TriangleAttention)["forward"],
         "TriangleMultiplicativeUpdate": vars(host.triangular.TriangleMultiplicativeUpdate)["forward"],
         "AttentionPairBias": vars(host.transformer.AttentionPairBias)["standard_multihead_attention"],
+        "local": vars(host.transformer.AttentionPairBias)["local_multihead_attention"],
         "Protenix": vars(host.model.Protenix)["sample_diffusion"],
     }
 

@@ -71,14 +71,3 @@ def test_samples_share_the_bias(host, calls):
     ((query, _, _, bias), _) = calls[0]
     assert query.shape == (5, 2, 16, 24)
     assert bias.values.shape == (1, 2, 16, 16)
-
-
-def test_local_attention_is_the_hosts_own(host, calls):
-    if not hasattr(host.transformer.AttentionPairBias, "local_multihead_attention"):
-        pytest.skip("the stand-in has no local attention")
-    attention = give_structure(
-        host.transformer.AttentionPairBias(n_heads=2, c_a=32, c_s=32, c_z=16, cross_attention_mode=True)
-    )
-    a, z = torch.randn(2, 70, 32, device=DEVICE), torch.randn(2, 3, 32, 128, 16, device=DEVICE)
-    assert attention(a, a, z, n_queries=32, n_keys=128).shape == a.shape
-    assert not calls

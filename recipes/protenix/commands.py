@@ -1,0 +1,133 @@
+"""`flashbias protenix ...`. Each subcommand imports what it needs when it runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Protenix (AlphaFold 3), stock and patched.", no_args_is_help=True)
+
+Cycles = Annotated[int, typer.Option(min=1, help="Of the trunk.")]
+Steps = Annotated[int, typer.Option(min=1, help="Of the diffusion.")]
+Samples = Annotated[int, typer.Option(min=1, help="Structures from one trunk.")]
+Seed = Annotated[int, typer.Option(help="Of the noise; the same for every row.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Only the first so many, or, beyond all, further copies.")]
+Features = Annotated[
+    Path | None, typer.Option("--input", help="Protenix' input as .json, or features as .npz; by default PDB 7wux.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Of the base model v1.0.0; by default weights are random.")]
+Blocks = Annotated[int | None, typer.Option(min=1, help="Only so many of each stack: a dry run, no measurement.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")]
+Out = Annotated[Path, typer.Option(help="Folder for the CSV and the picture.")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def pred(context: typer.Context) -> None:
+    """Predict structures as `protenix pred` does, with its arguments, and with the patch on."""
+    from .pred import predict
+
+    predict(context.args)
+
+
+@app.command()
+def compare(
+    cycles: Cycles = 3,
+    steps: Steps = 20,
+    samples: Samples = 5,
+    seed: Seed = 101,
+    tokens: Tokens = None,
+    features: Features = None,
+    checkpoint: Checkpoint = None,
+    blocks: Blocks = None,
+    device: Device = "auto",
+    out: Out = Path(),
+) -> None:
+    """Run the model stock and patched with the same noise: seconds by stage, memory, and how far the results differ.
+
+    All against the torch kernel in fp32. Writes protenix_compare.csv; the last line of stdout is JSON. Exit code 1: the
+    patch's coordinates are further away than 2 times what other chunks of rows do to the torch kernel's in fp32, or
+    than 1.1 times the stock kernels' in bf16.
+    """
+    from .report import Request, Size, as_table, title
+    from .report import compare as run
+
+    size = Size(cycles, steps, samples, seed)
+    rows, kept = run(Request(size, tokens, features, checkpoint, blocks, device, out=out))
+    _show(as_table(rows, title(rows)))
+    for promise, holds in kept.items():
+        print(f"{promise}: {'not measured' if holds is None else 'yes' if holds else 'NO'}")
+    print(json.dumps({"rows": str(out / "protenix_compare.csv"), **kept}))
+    raise typer.Exit(0 if all(kept.values()) else 1)
+
+
+@app.command()
+def table(
+    cycles: Cycles = 3,
+    steps: Steps = 20,
+    samples: Samples = 5,
+    seed: Seed = 101,
+    tokens: Tokens = None,
+    features: Features = None,
+    checkpoint: Checkpoint = None,
+    blocks: Blocks = None,
+    dtype: Annotated[str, typer.Option(help="bf16, as Protenix by default, or fp32.")] = "bf16",
+    device: Device = "auto",
+    out: Out = Path(),
+) -> None:
+    """Time whole runs by Protenix' kernels, without any bias, and with the patch, each against the torch kernel's.
+
+    Writes protenix_table.csv, row by row, and protenix_table.png; the last line of stdout is JSON. Exit code 1: the
+    patched run failed.
+    """
+    from .report import Request, Size, as_table, title
+    from .report import table as run
+
+    if dtype not in ("bf16", "fp32"):
+        raise typer.BadParameter(f"{dtype}, wanted is bf16 or fp32", param_hint="--dtype")
+    size = Size(cycles, steps, samples, seed)
+    rows = run(Request(size, tokens, features, checkpoint, blocks, device, out=out), dtype)
+    _show(as_table(rows, title(rows)))
+    done = {row["variant"]: row["total_s"] for row in rows if row["status"] == "ok"}
+    print(json.dumps({"rows": str(out / "protenix_table.csv"), "seconds": done}))
+    raise typer.Exit(0 if "flashbias" in done else 1)
+
+
+@app.command()
+def sweep(
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = "256,512,768,1024,1536,2048",
+    parts: Annotated[str, typer.Option(help="Of triangle, block and run, by commas.")] = "triangle,block,run",
+    cycles: Cycles = 1,
+    steps: Steps = 10,
+    samples: Samples = 5,
+    seed: Seed = 101,
+    features: Features = None,
+    checkpoint: Checkpoint = None,
+    blocks: Blocks = None,
+    device: Device = "auto",
+    out: Out = Path(),
+) -> None:
+    """Time triangle attention, a block of the Pairformer and whole runs over numbers of tokens.
+
+    Writes protenix_sweep.csv, row by row, and protenix_sweep.png; the last line of stdout is JSON.
+    """
+    from .report import Request, Size
+    from .sweep import PARTS
+    from .sweep import sweep as run
+
+    wanted = parts.split(",")
+    if not set(wanted) <= set(PARTS):
+        raise typer.BadParameter(f"{parts}, wanted are {', '.join(PARTS)}", param_hint="--parts")
+    path = out / "protenix_sweep.csv"
+    request = Request(Size(cycles, steps, samples, seed), None, features, checkpoint, blocks, device, out=out)
+    rows = run(request, [int(number) for number in tokens.split(",")], wanted, path)
+    print(json.dumps({"rows": str(path), "measured": sum(row["status"] == "ok" for row in rows)}))
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # nobody's window, where the table would be broken
+        console = Console(width=130)
+    console.print(table)

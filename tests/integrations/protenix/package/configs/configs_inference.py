@@ -1,0 +1,1 @@
+inference_configs = {"input_json_path": None}

@@ -1,0 +1,201 @@
+"""Whole runs of Protenix by every kernel: on a stand-in, or on the real package of `FLASHBIAS_PROTENIX_PATH`."""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashbias.recipes.cli import app
+from flashbias.recipes.protenix import features, host, report, sweep, whole
+
+PACKAGE = os.environ.get("FLASHBIAS_PROTENIX_PATH") or str(Path(__file__).parents[1] / "integrations/protenix/package")
+SMALL = ("--tokens", "12", "--blocks", "1", "--cycles", "1", "--steps", "2", "--samples", "2", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch, tmp_path):
+    """Protenix on the path, with a version."""
+    (tmp_path / "version/protenix-2.0.0.dist-info").mkdir(parents=True)
+    metadata = "Metadata-Version: 2.1\nName: protenix\nVersion: 2.0.0\n"
+    (tmp_path / "version/protenix-2.0.0.dist-info/METADATA").write_text(metadata)
+    monkeypatch.setattr(sys, "path", [*sys.path, PACKAGE, str(tmp_path / "version")])
+    monkeypatch.setenv("LAYERNORM_TYPE", "torch")
+    from flashbias.integrations import protenix
+
+    yield
+    protenix.revert()
+
+
+@pytest.fixture
+def built():
+    return host.build("cpu", blocks=1)
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["variant"]: row for row in csv.DictReader(file)}
+
+
+def test_zero_matrices_are_drawn_anew_and_said(built):
+    assert "zero matrices drawn anew with std 0.02" in built.weights
+    assert not built.weights.startswith("random, 0 ")
+    assert all(p.any() for p in built.model.parameters() if p.dim() > 1)
+
+
+def test_each_variant_computes_as_it_says(built):
+    from flashbias.integrations import protenix
+
+    target, size = features.load(tokens=12), whole.Size(1, 2, 2)
+    runs = {
+        kernel: whole.run(built, target, whole.Variant(kernel, "fp32"), size, "cpu")
+        for kernel in ("torch", whole.OURS, whole.NO_BIAS)
+    }
+    again = whole.run(built, target, whole.Variant("torch", "fp32"), size, "cpu")
+    assert not protenix.is_applied()
+    atoms = len(target["atom_to_token_idx"])
+    assert runs["torch"].coordinates.shape == (2, atoms, 3)
+    assert runs["torch"].plddt.shape == (2, atoms)
+    assert runs["torch"].distogram.shape[:2] == (12, 12)
+    for outcome in runs.values():
+        stages = outcome.seconds
+        assert all(stages[name] > 0 for name in whole.STAGES)
+        assert stages["total"] >= stages["trunk"] + stages["diffusion"] + stages["confidence"]
+    assert whole.differences(again, runs["torch"])["rmsd_max"] == 0
+    scale = float(runs["torch"].coordinates.abs().max())
+    assert 0 < whole.differences(runs[whole.OURS], runs["torch"])["rmsd_max"] < 1e-5 * scale
+    wrong = whole.differences(runs[whole.NO_BIAS], runs["torch"])
+    assert wrong["rmsd_max"] > 1e-5 * scale
+
+
+def test_differences_are_those_of_the_definition():
+    def outcome(shift):
+        plddt = torch.full((2, 4), 50 + shift)
+        bins = torch.tensor([0.5 + shift / 100, 0.5 - shift / 100]).expand(3, 3, 2)
+        return whole.Outcome({}, 0, torch.full((2, 4, 3), shift), plddt, plddt[:, 0] / 100, bins)
+
+    found = whole.differences(outcome(1.0), outcome(0.0))
+    expected = {"rmsd_mean": 3**0.5, "rmsd_max": 3**0.5, "plddt": 1, "ptm": 0.01, "distogram": 0.01}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_table_has_a_row_for_every_kernel(tmp_path):
+    done = CliRunner().invoke(app, ["protenix", "table", *SMALL, "--out", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = read(tmp_path / "protenix_table.csv")
+    assert list(rows) == ["torch", "triattention", "cuequivariance", whole.NO_BIAS, whole.OURS]
+    for name in ("triattention", "cuequivariance"):
+        assert (rows[name]["status"], rows[name]["reason"]) == ("absent", "needs a GPU")
+    for name in ("torch", whole.NO_BIAS, whole.OURS):
+        assert (rows[name]["status"], rows[name]["tokens"], rows[name]["blocks"]) == ("ok", "12", "1")
+        assert float(rows[name]["total_s"]) > 0
+        assert "random" in rows[name]["weights"]
+    assert (tmp_path / "protenix_table.png").stat().st_size > 1000
+
+
+def test_a_failing_row_says_why_and_the_others_go_on(tmp_path, monkeypatch):
+    def failing(host, features, variant, *others, run=whole.run):
+        if variant.kernel == whole.NO_BIAS:
+            raise RuntimeError("out of luck")
+        return run(host, features, variant, *others)
+
+    monkeypatch.setattr(report, "run", failing)
+    report.table(report.Request(whole.Size(1, 2, 2), tokens=12, blocks=1, device="cpu", out=tmp_path))
+    rows = read(tmp_path / "protenix_table.csv")
+    assert (rows[whole.NO_BIAS]["status"], rows[whole.NO_BIAS]["reason"]) == ("failed", "RuntimeError: out of luck")
+    assert rows[whole.OURS]["status"] == "ok"
+
+
+def test_compare_reports_what_is_promised(tmp_path):
+    done = CliRunner().invoke(app, ["protenix", "compare", *SMALL, "--out", str(tmp_path)], catch_exceptions=False)
+    rows = read(tmp_path / "protenix_compare.csv")
+    rmsd = {name: float(row["rmsd_mean"]) for name, row in rows.items()}
+    assert rmsd["torch, fp32"] == 0
+    assert rmsd["flashbias, fp32"] < rmsd["flashbias, bf16"]
+    fp32 = rmsd["flashbias, fp32"] <= 2 * rmsd["torch, fp32, other chunks"]
+    bf16 = rmsd["flashbias, bf16"] <= 1.1 * rmsd["torch, bf16"]
+    assert f"flashbias, fp32 within 2 x torch, fp32, other chunks: {'yes' if fp32 else 'NO'}" in done.output
+    assert f"flashbias, bf16 within 1.1 x torch, bf16: {'yes' if bf16 else 'NO'}" in done.output
+    assert done.exit_code == (0 if fp32 and bf16 else 1)
+
+
+def test_sweep_measures_every_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "REPEATS", 1)
+    arguments = ["protenix", "sweep", *SMALL[2:], "--tokens", "8,12", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "protenix_sweep.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["tokens"], row["part"], row["kernel"]) for row in rows if row["status"] == "ok"}
+    for tokens in ("8", "12"):
+        for part in ("attention", "module", "block", "run"):
+            assert {(tokens, part, "torch"), (tokens, part, whole.OURS)} <= found
+    assert (tmp_path / "protenix_sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("wrong", [("table", "--dtype", "fp64"), ("sweep", "--parts", "all")])
+def test_wrong_choices_are_refused(wrong):
+    done = CliRunner().invoke(app, ["protenix", *wrong])
+    assert done.exit_code == 2
+    assert "wanted" in done.output
+
+
+def test_a_checkpoint_takes_the_place_of_random_weights(built, tmp_path):
+    weights = {f"module.{name}": tensor for name, tensor in built.model.state_dict().items()}
+    torch.save({"model": weights}, tmp_path / "weights.pt")
+    loaded = host.build("cpu", tmp_path / "weights.pt", blocks=1, seed=1)
+    assert loaded.weights == "weights.pt"
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, weights[f"module.{name}"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "weights.pt")
+    with pytest.raises(host.ModelError, match=r"weights\.pt"):
+        host.build("cpu", tmp_path / "weights.pt", blocks=1)
+
+
+def test_without_protenix_there_is_a_named_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "protenix.config.config", None)
+    with pytest.raises(host.ModelError, match="pip install protenix"):
+        host.build("cpu")
+
+
+@pytest.fixture
+def json_input(tmp_path):
+    def write(sequence):
+        path = tmp_path / "input.json"
+        path.write_text(
+            json.dumps([{"name": "a", "sequences": [{"proteinChain": {"sequence": sequence, "count": 1}}]}])
+        )
+        return path
+
+    return write
+
+
+@pytest.mark.skipif("FLASHBIAS_PROTENIX_PATH" in os.environ, reason="Protenix' featuriser needs its data")
+def test_protenix_own_input_is_taken(tmp_path, json_input):
+    arguments = ["--input", str(json_input("MKTAYIAK")), *SMALL[2:], "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, ["protenix", "table", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = read(tmp_path / "protenix_table.csv")
+    assert (rows[whole.OURS]["tokens"], rows[whole.OURS]["atoms"]) == ("8", "16")
+
+
+@pytest.mark.parametrize(("sequence", "tokens", "found"), [("M?", None, "no features"), ("MK", 1, "--tokens")])
+def test_an_input_that_gives_no_features_is_refused(json_input, sequence, tokens, found):
+    with pytest.raises(features.FeaturesError, match=found):
+        features.load(json_input(sequence), tokens)
+
+
+def test_a_patch_that_is_off_is_not_measured_as_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHBIAS_DISABLE", "1")
+    rows = report.table(report.Request(whole.Size(1, 2, 2), tokens=12, blocks=1, device="cpu", out=tmp_path))
+    found = {row["variant"]: row for row in rows}
+    assert found["torch"]["status"] == "ok"
+    assert found[whole.OURS]["status"] == "failed"
+    assert "FLASHBIAS_DISABLE" in found[whole.OURS]["reason"]

@@ -66,7 +66,9 @@ def keepable(tensors: Sequence[Tensor]) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at: it is no fake, wrapped or distributed one, and no capture is on."""
+    """Whether a tensor's values can be looked at: no compiler runs, no capture is on, and it is a plain one."""
+    if torch.compiler.is_compiling():
+        return False
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
     return plain and not _capturing()
 

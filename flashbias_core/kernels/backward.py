@@ -7,6 +7,8 @@ queries for each tile of keys, and one, for the values of a dense bias, over all
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,6 +31,13 @@ from .terms import (
 )
 
 NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
+
+
+class Low(NamedTuple):
+    """What fp32 leaves of the level and of delta, `(batch-heads, Nq)` each."""
+
+    level: Any
+    delta: Any
 
 
 @triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads", "unit"])
@@ -56,13 +65,25 @@ def delta_kernel(
 
 
 @triton.jit
-def load_statistics(level, low, delta, i_bh, o_row, n_q):
-    """The level, its low part, and delta of rows; rows beyond the last have no probabilities."""
+def load_statistics(level, delta, low, i_bh, o_row, n_q):
+    """Level and delta of rows, and the low parts of both; rows beyond the last have no probabilities."""
     b_level = tl.load(level + i_bh * n_q + o_row, mask=o_row < n_q, other=float("inf"))
-    b_low = tl.zeros_like(b_level)
+    b_delta = tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    b_level_low = tl.zeros_like(b_level)
+    b_delta_low = b_level_low
     if low is not None:
-        b_low = tl.load(low + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
-    return b_level, b_low, tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+        b_level_low = tl.load(low.level + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+        b_delta_low = tl.load(low.delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    return b_level, b_level_low, b_delta, b_delta_low
+
+
+@triton.jit
+def score_gradient(b_p, b_dp, b_delta, b_delta_low, EXACT: tl.constexpr):
+    """`dS = P * (dP - delta)`."""
+    b_dp -= b_delta
+    if EXACT:
+        b_dp -= b_delta_low
+    return b_p * b_dp
 
 
 @triton.jit
@@ -86,7 +107,7 @@ def add_product(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.const
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
-    q, k, v, d_out, level, low, delta, d_lse, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
+    q, k, v, d_out, level, delta, low, d_lse, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     EXCESS: tl.constexpr,
@@ -98,7 +119,7 @@ def queries_kernel(
 
     delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1 and
     dLSE. With EXCESS, for gradients that are to be better than the dtype of the queries, this kernel takes the excess
-    out of what it sums, and leaves a better delta (and, in fp32, the `low` part of the LSE) to those after it.
+    out of what it sums, and leaves a better delta (and, in fp32, what it and the level lack) to those after it.
     """
     EXACT: tl.constexpr = low is not None
     n_tiles = tl.cdiv(n_q, BLOCK_M)
@@ -114,7 +135,7 @@ def queries_kernel(
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
-    b_level, _, b_delta = load_statistics(level, None, delta, i_bh, o_row, n_q)
+    b_level, _, b_delta, _ = load_statistics(level, delta, None, i_bh, o_row, n_q)
     b_d_query = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     b_d_slopes = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
@@ -147,7 +168,7 @@ def queries_kernel(
             b_p = probabilities(b_s, b_level[:, None], 0.0, unit, EXACT)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
             b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_ds = score_gradient(b_p, b_dp, b_delta[:, None], 0.0, False)
             if EXCESS:
                 b_excess += tl.sum(b_ds, 1)
             if EXACT:
@@ -176,11 +197,14 @@ def queries_kernel(
     if EXACT:
         b_share = tl.where(b_total > 0.0, 1.0 / b_total, 1.0)
         b_excess *= b_share
-        tl.store(low + i_bh * n_q + o_row, -tl.log(b_share) / unit, mask=o_row < n_q)
+        tl.store(low.level + i_bh * n_q + o_row, -tl.log(b_share) / unit, mask=o_row < n_q)
     if EXCESS:
         if d_lse is not None:
             b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
-        tl.store(delta + i_bh * n_q + o_row, b_delta + b_excess, mask=o_row < n_q)
+        b_better = b_delta + b_excess
+        tl.store(delta + i_bh * n_q + o_row, b_better, mask=o_row < n_q)
+        if EXACT:
+            tl.store(low.delta + i_bh * n_q + o_row, b_excess - (b_better - b_delta), mask=o_row < n_q)
     p_row = i_bh * n_q + o_m
     if d_query is not None:
         o_c = tl.arange(0, WIDTH)[None, :]
@@ -200,7 +224,7 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def keys_kernel(
-    q, k, v, d_out, level, low, delta, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
+    q, k, v, d_out, level, delta, low, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -267,7 +291,7 @@ def keys_kernel(
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
             )
-            b_level, b_low, b_delta = load_statistics(level, low, delta, i_bh, o_row, n_q)
+            b_level, b_low, b_delta, b_delta_low = load_statistics(level, delta, low, i_bh, o_row, n_q)
             b_p = probabilities(b_s, b_level[None, :], b_low[None, :], unit, low is not None)
             b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
             if d_value is not None:
@@ -278,7 +302,7 @@ def keys_kernel(
                 b_dp = dot_features(b_v, b_d_out, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             else:
                 b_dp = tl.trans(dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION))
-            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_delta_low[None, :], low is not None)
             if d_key is not None:
                 b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
             if GRADIENT_RANK > 0:
@@ -300,7 +324,7 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
-    q, k, v, d_out, level, low, delta, d_values, terms, masks, tiles,
+    q, k, v, d_out, level, delta, low, d_values, terms, masks, tiles,
     n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
@@ -367,12 +391,12 @@ def values_kernel(
         b_s = mask_scores(
             b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True
         )
-        b_level, b_low, b_delta = load_statistics(level, low, delta, i_bh, o_row, n_q)
+        b_level, b_low, b_delta, b_delta_low = load_statistics(level, delta, low, i_bh, o_row, n_q)
         b_p = probabilities(b_s, b_level[:, None], b_low[:, None], unit, low is not None)
         b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
         b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
         b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        b_d_values += b_p * (b_dp - b_delta[:, None])
+        b_d_values += score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)
     p_plane = d_values + (i_split * n_own + i_own).to(tl.int64) * (1 if ONE_ROW else n_q) * n_k

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashbias import plan
 from flashbias.operands import Operands
 
-from .backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .backward import Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
 from .columns import GradientColumns, gradient_columns
 from .forward import combine_kernel, forward_kernel
@@ -67,10 +67,10 @@ def backward(
     call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel()
     delta = torch.empty_like(lse)
-    low = torch.zeros_like(lse) if query.dtype == torch.float32 else None
+    low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
     level = torch.empty_like(lse)
-    statistics = {"d_out": call.layout.block(grad_out), "level": level, "low": low, "delta": delta}
+    statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
     better = low is not None or "slopes" in names or (inexact and bool(names & {"q_factor", "k_factor"}))
     gradients: dict[str, Tensor | None] = {}

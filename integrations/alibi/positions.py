@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashbias import ALiBi, Causal, Mask, Segments, biased_attention
+from flashbias.integrations.derived import readable
 from flashbias.masks import Both
+
+# Queries. To look whether all tokens count, a call waits for the device; where it is long that is nothing beside what
+# it saves, since attention whose positions are the keys' order takes half the time.
+LONG = 256
 
 
 @dataclass
@@ -81,6 +86,8 @@ def place(n_q: int, n_k: int, offset: int | Tensor, tokens: Tensor | None, devic
     if isinstance(offset, Tensor):
         offset = offset.to(device) + 0  # a static cache writes to it in its next update
     k_ids = None
+    if n_q >= LONG and tokens is not None and readable(tokens) and bool((tokens != 0).all()):
+        tokens = None
     if tokens is not None:
         tokens = (tokens != 0).to(device)
         k_ids = F.pad(tokens, (0, n_k - tokens.shape[-1])).int() - 1

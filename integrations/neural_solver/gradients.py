@@ -21,7 +21,8 @@ def in_half(attend: Callable[..., Tensor], tensors: Sequence[Tensor], scale: flo
     # Others must not pass: all that comes out of an autograd function requires a gradient, and would be given one.
     live = [factor for factor in factors if factor.requires_grad]
     query, key, value, *live, token = _Lower.apply(query, key, value, *live)
-    factors = [live.pop(0) if factor.requires_grad else factor for factor in factors]
+    passed = iter(live)
+    factors = [next(passed) if factor.requires_grad else factor for factor in factors]
     return _Raise.apply(attend(query, key, value, *factors, scale), token)
 
 

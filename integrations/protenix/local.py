@@ -36,6 +36,9 @@ def attention(
     atoms, windows = q.shape[-2], z.shape[-4]
     missing, before = windows * n_queries - atoms, (n_keys - n_queries) // 2
     bias = kept_bias(module, lambda: _bias(module, z, atoms, before))
+    lead = q.shape[:-2]
+    if len({size == 1 for size in bias.shape[:-4]}) > 1:  # the kernels want those that share it side by side
+        bias = bias.expand(*lead, *bias.shape[-4:]).contiguous()
     inner = module.attention
     q = F.pad(q, (0, 0, 0, missing)).unflatten(-2, (windows, n_queries))
     kv = F.pad(kv, (0, 0, before, missing + before))

@@ -299,3 +299,23 @@ def test_decoding_with_a_static_cache_compiles_once(make_model, stock, transform
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert counted.frame_count == 1
     torch.compiler.reset()
+
+
+@every_host
+@pytest.mark.parametrize("mask", [None, "left", "right", "holes"])
+def test_long_call_looks_whether_all_tokens_count(make_model, stock, monkeypatch, kind, mask):
+    """What it finds changes how it computes, and not what comes out."""
+    from flashbias.integrations.alibi import hosts, positions
+
+    made = []
+    place = positions.place
+    for module in ("hosts", "positions"):
+        monkeypatch.setattr(
+            f"flashbias.integrations.alibi.{module}.place", lambda *a: made.append(place(*a)) or made[-1]
+        )
+    monkeypatch.setattr(positions, "LONG", 8)
+    model, ids = make_model(kind), make_ids(3, 11)
+    counts = torch.ones_like(ids) if mask is None else make_mask(mask, 3, 11)
+    assert_like_the_host(stock, model, ids, counts)
+    assert made
+    assert all((entry.k_ids is None) == (mask is None) for entry in made)

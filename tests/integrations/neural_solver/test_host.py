@@ -103,8 +103,8 @@ def test_like_the_hosts_own_code_on_a_body_at_the_origin(neural_solver, make_mod
     with torch.no_grad():
         ours = attention(x, *factors)
         with stock():
-            theirs = attention(x, *factors) if DEVICE == "cuda" or str(STAND_IN) == CHECKOUT else None
-    if theirs is not None:  # a real checkout's kernel runs on a GPU only
+            theirs = attention(x, *factors) if str(STAND_IN) == CHECKOUT else None
+    if theirs is not None:  # a real checkout's kernel needs a GPU, and reads beyond the end of 50 points there
         assert not torch.equal(ours, theirs)
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 

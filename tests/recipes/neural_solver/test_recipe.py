@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashbias.patches import HostMissingError
+from flashbias.recipes import machine
 from flashbias.recipes.neural_solver import pictures, speed, training, variants
 from flashbias.recipes.neural_solver.elasticity_data import DataError, files
 from flashbias.recipes.neural_solver.model import Shape, Solver
@@ -154,7 +155,7 @@ def test_rows_are_complete_after_each(tmp_path):
     with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert [(row["a"], row["b"]) for row in found] == [("2", ""), ("1", "3")]
-    assert all(row["torch"] == torch.__version__ for row in found)
+    assert all(row["torch"] == machine.version("torch") for row in found)
 
 
 def test_picture_of_the_bias(tmp_path):

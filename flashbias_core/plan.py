@@ -243,7 +243,7 @@ def splits(programs: int, members: int, device: torch.device) -> int:
 
 def key_splits(programs: int, n_k: int, device: torch.device) -> int:
     """Into how many parts the keys of a tile of queries are split, where `programs` tiles leave the device idle."""
-    return max(1, min(n_k // PART, 2 * _processors(device) // programs, 128)) if device.type == "cuda" else 1
+    return max(1, min(n_k // PART, 2 * _processors(device) // programs, 64)) if device.type == "cuda" else 1
 
 
 def width(size: int) -> int:

@@ -47,7 +47,7 @@ def compare(
 
     All against the torch kernel in fp32. Writes protenix_compare.csv; the last line of stdout is JSON. Exit code 1: the
     patch's coordinates are further away than 2 times what other chunks of rows do to the torch kernel's in fp32, or
-    than 1.1 times the stock kernels' in bf16.
+    than the stock kernels' in bf16.
     """
     from .report import Request, Size, as_table, title
     from .report import compare as run

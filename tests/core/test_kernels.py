@@ -108,7 +108,7 @@ def test_keys_are_shared_where_queries_are_few(monkeypatch: pytest.MonkeyPatch) 
     device = torch.device("cuda")
     assert plan.key_splits(8, 32768, device) == 25
     assert plan.key_splits(8, 1024, device) == 2  # no less than `plan.PART` keys for each
-    assert plan.key_splits(1, 10**6, device) == 128
+    assert plan.key_splits(1, 10**6, device) == 64
     assert plan.key_splits(101, 32768, device) == 1
     assert plan.key_splits(8, 100, device) == 1
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .side_by_side import Measurement, SideBySide
+from .side_by_side import Measurement, Noted, SideBySide
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,8 @@ class Contest(SideBySide):
             for name in ("timm", *PEERS, "flashbias")
         }
         variants[f"{REFERENCE}|eager"] = partial(prepare, case, device, REFERENCE, False)
-        self.case, self.failures = case, {}
+        self.case = case
+        self.failures: dict[str, Exception] = {}
         super().__init__(variants, device, self.failures)
 
     def rows(self, console: Any) -> list[dict[str, Any]]:
@@ -138,8 +139,7 @@ def prepare(case: Case, device: str, variant: str, compiled: bool) -> Callable[[
             return model(images).float().cpu().numpy()
 
     logits()  # what is compiled or kept at a first call belongs to no measurement
-    logits.notes = _choices(model) if variant == "flashbias" else {}
-    return logits
+    return Noted(logits, _choices(model)) if variant == "flashbias" else logits
 
 
 def _choices(model: torch.nn.Module) -> dict[str, int]:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .memory import held_memory, peak_memory
 
 Work = Callable[[], Any]
+Self = TypeVar("Self", bound="SideBySide")
 
 _work: Work | None = None  # of a process that measures
 
@@ -34,12 +35,23 @@ class Measurement:
     held: int = 0
 
 
+@dataclass
+class Noted:
+    """Work, and what there is to say of it."""
+
+    work: Work
+    notes: Any
+
+    def __call__(self) -> Any:
+        return self.work()
+
+
 class SideBySide:
     """Variants of a piece of work, each preparing in a process of its own from now on; to be used in a `with`.
 
     `variants[name]()` is called once in the process of that variant, and returns the work: a function that is called
     `repeats + 1` times and returns when all its computation is done. Both, and the result, have to be picklable.
-    What the work has as an attribute `notes` is kept in `notes[name]` when it is ready.
+    The notes of a `Noted` work are in `notes[name]` when it is ready.
     Where a variant fails that is raised, or, where `failures` is given, put there, and the others go on.
     """
 
@@ -53,7 +65,7 @@ class SideBySide:
         self._all = list(self._pools.values())
         self._preparing = {name: pool.submit(_prepare, variants[name]) for name, pool in self._pools.items()}
 
-    def __enter__(self) -> SideBySide:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -98,7 +110,7 @@ class SideBySide:
 def _prepare(variant: Callable[[], Work]) -> Any:
     global _work
     _work = variant()
-    return getattr(_work, "notes", None)
+    return _work.notes if isinstance(_work, Noted) else None
 
 
 def _memory(device: str) -> tuple[Any, int, int]:

@@ -13,7 +13,7 @@ from flashbias.integrations.integration import say_once
 from flashbias.patches import Patch, PatchSet
 
 from . import hosts
-from .positions import Positions, place
+from .positions import Positions
 
 MODULE = "transformers.models.mpt.modeling_mpt"
 
@@ -42,7 +42,7 @@ def prepare_causal_mask(
             attention_mask, input_shape, inputs_embeds, past_key_values_length, *others
         )
     n_q = input_shape[1]
-    return place(n_q, past_key_values_length + n_q, past_key_values_length, attention_mask, inputs_embeds.device)
+    return hosts.place(n_q, past_key_values_length + n_q, past_key_values_length, attention_mask, inputs_embeds.device)
 
 
 def attention(

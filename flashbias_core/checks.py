@@ -16,7 +16,8 @@ def check_broadcast(name: str, tensor: Tensor, wanted: Sequence[int], meaning: s
     """Raise `ShapeError` unless `tensor` broadcasts to the shape `wanted`, which `meaning` names."""
     shape = tensor.shape
     missing = len(wanted) - len(shape)
-    if missing < 0 or any(size not in (1, target) for size, target in zip(shape, wanted[missing:], strict=True)):
+    # Not with `in`, which fails in the compiler of torch 2.7 where lengths are symbols.
+    if missing < 0 or any(size != 1 and size != target for size, target in zip(shape, wanted[missing:], strict=True)):
         raise ShapeError(
             f"{name} of shape {tuple(shape)}",
             f"a shape that broadcasts to {meaning} = {tuple(wanted)}",

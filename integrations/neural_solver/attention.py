@@ -80,7 +80,7 @@ def _operator(query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor, k_fac
 def not_covered(module: Any, x: Tensor, q_bias: Tensor, k_bias: Tensor) -> str | None:
     if x.device.type not in ("cpu", "cuda"):
         return f"a tensor on {x.device.type}"
-    if x.dtype not in DTYPES.values():
+    if x.dtype not in tuple(DTYPES.values()):
         return f"{x.dtype}"
     if any(factor.dim() != 4 or factor.shape[2] != 1 for factor in (q_bias, k_bias)):
         return "a bias with factors for each head"

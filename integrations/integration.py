@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
+from flashbias.attention import DTYPES, MAX_HEAD_DIM
 from flashbias.patches import OtherHostError, PatchError, PatchSet
 
 from . import profile, verify
@@ -196,6 +198,19 @@ def was_called(name: str) -> bool:
 def _note_call(name: str) -> bool:
     _called.add(name)
     return True
+
+
+def not_computable(x: Tensor, head_dim: int = 1) -> str | None:
+    """Why the operator cannot compute attention of that head dim from an input x, or None."""
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return f"a tensor on {device}"
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dtype not in DTYPES:
+        return f"{dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dim {head_dim}"
+    return None
 
 
 def is_hooked(module: torch.nn.Module) -> bool:

@@ -30,10 +30,8 @@ from flashbias.patches import Patch, PatchSet, attributes_read
 
 from .choice import Choice, Settings, choose
 from .derived import Derived, keepable
-from .integration import Integration, Replacement, is_hooked, say_once
+from .integration import Integration, Replacement, is_hooked, not_computable, say_once
 from .segments import is_partition, segment_ids
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _biases: Derived[tuple[Bias, Choice]] = Derived()
 
@@ -231,12 +229,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, made_from:
 
 
 def _not_covered(attention: Any, x: Tensor, mask: Tensor | None = None) -> str | None:
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        return f"a tensor on {device}"
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype not in DTYPES:
-        return f"{dtype}"
+    if reason := not_computable(x):
+        return reason
     if attention.training and getattr(attention.attn_drop, "p", 0) > 0:
         return "attention dropout in training"
     if is_hooked(attention.softmax) or is_hooked(attention.attn_drop):

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias.integrations.integration import Replacement, is_hooked, say_once
+from flashbias.integrations.integration import Replacement, is_hooked, not_computable, say_once
 from flashbias.patches.source import find_source
 
 from .positions import Positions, place
 
 NAME = "factored_bias"  # of the attention, for `attn_implementation=`
 VERSIONS = ">=4.57,<6"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 KEPT = "forward_before_flashbias"
 
 # Which models are served: "all", or those that have asked for it by `NAME`. `configure` sets it.
@@ -134,14 +132,8 @@ def additive(positions: Positions, like: Tensor, bias: Tensor | float = 0.0) -> 
 
 def not_covered(module: Any, x: Tensor, dropout: float, options: dict[str, Any]) -> str | None:
     """Why the operator cannot take the place of this layer's attention, or None."""
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        return f"a tensor on {device}"
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype not in DTYPES:
-        return f"{dtype}"
-    if module.head_dim > MAX_HEAD_DIM:
-        return f"head dim {module.head_dim}"
+    if reason := not_computable(x, module.head_dim):
+        return reason
     if options.get("output_attentions"):
         return "output_attentions"
     if options.get("head_mask") is not None:

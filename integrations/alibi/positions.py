@@ -86,10 +86,10 @@ def place(n_q: int, n_k: int, offset: int | Tensor, tokens: Tensor | None, devic
     if isinstance(offset, Tensor):
         offset = offset.to(device) + 0  # a static cache writes to it in its next update
     k_ids = None
-    if n_q >= LONG and tokens is not None and readable(tokens) and bool((tokens != 0).all()):
-        tokens = None
     if tokens is not None:
-        tokens = (tokens != 0).to(device)
+        counts = tokens != 0
+        tokens = None if n_q >= LONG and readable(counts) and bool(counts.all()) else counts.to(device)
+    if tokens is not None:
         k_ids = F.pad(tokens, (0, n_k - tokens.shape[-1])).int() - 1
     return Positions(n_q, n_k, offset, k_ids)
 

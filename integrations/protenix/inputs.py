@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+from flashbias.integrations import integration
 
 
 def with_aligned_rows(bias: Tensor) -> Tensor:
@@ -21,14 +19,8 @@ def with_aligned_rows(bias: Tensor) -> Tensor:
 
 def not_computable(x: Tensor, attention: Any, head_dim: int) -> str | None:
     """Why the operator cannot take the place of the host's module `attention` for an input x, or None."""
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        return f"a tensor on {device}"
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype not in DTYPES:
-        return f"{dtype}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"head dim {head_dim}"
+    if reason := integration.not_computable(x, head_dim):
+        return reason
     if attention._forward_hooks or attention._forward_pre_hooks:
         return "a hook on the attention module inside, which is never called,"
     return None

@@ -4,8 +4,9 @@
 #   recipes/neural_solver/car.sh CHECKOUT DATA [MORE ARGUMENTS OF run.py]
 #
 # CHECKOUT is one of github.com/thuml/Neural-Solver-Library, whose requirements are installed (for the loader's graphs
-# torch-cluster, or the pyg-lib that newer versions of torch_geometric want), and besides them kappamodules. DATA holds training_data, or preprocessed_data too; where it is
-# missing, 18 car-like bodies with a made-up flow are put there. FLASHBIAS_DISABLE=1 runs the stock code.
+# torch-cluster, or the pyg-lib that newer versions of torch_geometric want), and besides them kappamodules. DATA holds
+# training_data, or preprocessed_data too; where it is missing, 18 car-like bodies with a made-up flow are put there.
+# FLASHBIAS_DISABLE=1 runs the stock code.
 #
 # After training, run.py computes drag coefficients from files below /data/PDE_data/mlcfd_data, whatever DATA is: with
 # other data that last step fails, after the checkpoint has been written.

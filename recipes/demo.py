@@ -69,6 +69,7 @@ def run(epochs: int, seed: int, device: str, out: Path, base: bool | None = None
                 large.wait()
         with chatter.status("evaluating with the code of timm and with the patch"):
             measured = small.measure(REPEATS)
+        small.end()
         measuring = time.perf_counter() - started
         result = {"recipe": "demo"} | compare(measured["stock"], measured["patched"], digits()[3])
         result |= {"layers": [asdict(layer.choice) for layer in layers], "epochs": epochs, "seed": seed}
@@ -84,6 +85,7 @@ def run(epochs: int, seed: int, device: str, out: Path, base: bool | None = None
         if large is not None:
             with chatter.status(f"measuring {large.case.model}"):
                 rows = large.rows(chatter)
+            large.end()
             console.print(demo_base.table(rows, result["device"]))
             kept = large.notes["flashbias|eager"]
             console.print("layers:", *(f"{count} {choice}" for choice, count in kept.items()))

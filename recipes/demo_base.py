@@ -8,18 +8,20 @@ for the patch the tolerance with which it chooses factors. 'No bias' leaves out 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from . import machine
 from .side_by_side import Measurement, Noted, SideBySide
 
 if TYPE_CHECKING:
     import torch
 
-REPEATS = 5
+REPEATS = 3
 SEED = 0
 # How the attention is computed, and what `swin_peers` calls it.
 PEERS = {"SDPA, kept bias": "dense", "SDPA, no bias": "no bias"}
@@ -114,6 +116,8 @@ def table(rows: list[dict[str, Any]], device: str) -> Any:
 
 def prepare(case: Case, device: str, variant: str, compiled: bool) -> Callable[[], Any]:
     """The model, ready to compute logits; for a process that is new to timm. Its notes say what biases are kept as."""
+    # As many variants are compiled at a time, each by processes of its own: by default as many as there are cores.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, machine.cores() // (2 + len(PEERS)))))
     import torch
 
     from .swin_peers import replace_attention
@@ -164,10 +168,11 @@ def _build(case: Case, device: str, patched: bool) -> tuple[torch.nn.Module, tor
 
         swin_v2.apply()
     torch.manual_seed(SEED)
-    # Paths are dropped in training only, but by another number in each block, which would set it apart for a compiler.
-    model: Any = give_structure(timm.create_model(case.model, pretrained=False, drop_path_rate=0.0, **case.options))
-    images = torch.randn(case.batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    return model.eval().to(device), images.to(device)
+    with torch.device(device):  # there weights are drawn much faster, where it is a GPU
+        # Paths are dropped in training only, but by another number in each block: a compiler would see other blocks.
+        model: Any = timm.create_model(case.model, pretrained=False, drop_path_rate=0.0, **case.options)
+        images = torch.randn(case.batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+        return give_structure(model).eval(), images
 
 
 def give_structure(model: torch.nn.Module) -> torch.nn.Module:

@@ -95,8 +95,12 @@ def processor() -> str:
     """The processor's name and how many of its cores this process may use."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{named.group(1) if named else platform.processor() or platform.machine()}, {cores} cores"
+    return f"{named.group(1) if named else platform.processor() or platform.machine()}, {cores()} cores"
+
+
+def cores() -> int:
+    """How many of the processor's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str:

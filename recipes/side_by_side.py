@@ -69,9 +69,13 @@ class SideBySide:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for pool in self._all:  # together: a process that used a GPU takes seconds to end
-            pool.shutdown(wait=False, cancel_futures=True)
+        self.end()
         self._stack.close()
+
+    def end(self) -> None:
+        """Have the processes end, all together: one that used a GPU takes seconds for it."""
+        for pool in self._all:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def wait(self) -> None:
         """Return when all have prepared."""

@@ -16,9 +16,11 @@ from .terms import (
     LOG2_E,
     add_distances,
     add_matrix,
+    add_product,
     diagonal,
     distances,
     dot_features,
+    dot_rows,
     exponential,
     first_key_beyond,
     key_range,
@@ -60,7 +62,7 @@ def delta_kernel(
     if d_lse is not None:
         b_delta -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
     tl.store(delta + i_bh * n_q + o_row, b_delta, mask=o_row < n_q)
-    b_level = tl.where(b_lse == float("-inf"), float("inf"), b_lse / unit if EXACT else b_lse * LOG2_E)
+    b_level = tl.where(b_lse == float("-inf"), float("inf"), tl.div_rn(b_lse, unit) if EXACT else b_lse * LOG2_E)
     tl.store(level + i_bh * n_q + o_row, b_level, mask=o_row < n_q)
 
 
@@ -96,12 +98,12 @@ def probabilities(b_s, b_level, b_low, unit, EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_product(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def add_columns(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """`sum + dS @ columns`. SPLIT: with what the dtype of the columns cannot hold of dS."""
     b_high = b_ds.to(b_columns.dtype)
-    b_sum = tl.dot(b_high, b_columns, b_sum, input_precision=PRECISION)
+    b_sum = add_product(b_sum, b_high, b_columns, PRECISION)
     if SPLIT:
-        b_sum = tl.dot((b_ds - b_high.to(tl.float32)).to(b_columns.dtype), b_columns, b_sum)
+        b_sum = add_product(b_sum, (b_ds - b_high.to(tl.float32)).to(b_columns.dtype), b_columns, PRECISION)
     return b_sum
 
 
@@ -151,8 +153,8 @@ def queries_kernel(
             o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
             b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
             b_s = products(
-                b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
-                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
+                b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
+                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
             )  # fmt: skip
             b_s = add_distances(
                 b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
@@ -167,7 +169,10 @@ def queries_kernel(
             )
             b_p = probabilities(b_s, b_level[:, None], 0.0, unit, EXACT)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
-            b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+            b_dp = dot_rows(
+                b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+                m_first, n_first, n_q, n_keys, C_V, PRECISION,
+            )  # fmt: skip
             b_ds = score_gradient(b_p, b_dp, b_delta[:, None], 0.0, False)
             if EXCESS:
                 b_excess += tl.sum(b_ds, 1)
@@ -180,24 +185,23 @@ def queries_kernel(
                 b_d_slopes += tl.sum(b_ds * b_distance, 1)
                 b_mean_distance += tl.sum(b_p * b_distance, 1)
             if d_query is not None:
-                b_d_query = tl.dot(b_ds.to(b_k.dtype), b_k, b_d_query, input_precision=PRECISION)  # [M, N] @ [N, C]
+                b_d_query = add_product(b_d_query, b_ds.to(b_k.dtype), b_k, PRECISION)  # [M, N] @ [N, C]
                 if EXACT:
-                    b_mean_key = tl.dot(b_p.to(b_k.dtype), b_k, b_mean_key, input_precision=PRECISION)
+                    b_mean_key = add_product(b_mean_key, b_p.to(b_k.dtype), b_k, PRECISION)
             if GRADIENT_RANK > 0:
                 b_columns = load_chunk(
                     gradient_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, GRADIENT_RANK, phase == 1
                 )
-                b_d_columns = add_product(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [M, N] @ [N, R]
+                b_d_columns = add_columns(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [M, N] @ [N, R]
                 if EXCESS:
-                    b_mean_columns = tl.dot(
-                        b_p.to(b_columns.dtype), b_columns, b_mean_columns, input_precision=PRECISION
-                    )  # [M, N] @ [N, R]
+                    # [M, N] @ [N, R]
+                    b_mean_columns = add_product(b_mean_columns, b_p.to(b_columns.dtype), b_columns, PRECISION)
 
     b_share = tl.full([BLOCK_M], 1.0, tl.float32)
     if EXACT:
-        b_share = tl.where(b_total > 0.0, 1.0 / b_total, 1.0)
+        b_share = tl.where(b_total > 0.0, tl.div_rn(1.0, b_total), 1.0)
         b_excess *= b_share
-        tl.store(low.level + i_bh * n_q + o_row, -tl.log(b_share) / unit, mask=o_row < n_q)
+        tl.store(low.level + i_bh * n_q + o_row, tl.div_rn(-tl.log(b_share), unit), mask=o_row < n_q)
     if EXCESS:
         if d_lse is not None:
             b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
@@ -267,8 +271,8 @@ def keys_kernel(
             b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
             if low is None:
                 b_s = products(
-                    b_k, b_q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h,
-                    n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, RANK, CHUNK, FOLDED, PRECISION, True,
+                    b_k, b_q, k, q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h, i_kv, i_h,
+                    n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, C, RANK, CHUNK, FOLDED, PRECISION, True,
                 )  # fmt: skip
             else:
                 # In fp32 the very products with which the statistics were improved, so that their errors cancel.
@@ -276,8 +280,8 @@ def keys_kernel(
                 if RANK > 0 and RANK == CHUNK:
                     b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
                 b_s = products(
-                    b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
-                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
+                    b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
+                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
                 )  # fmt: skip
                 b_s = tl.trans(b_s)
             b_s = add_distances(
@@ -295,19 +299,21 @@ def keys_kernel(
             b_p = probabilities(b_s, b_level[None, :], b_low[None, :], unit, low is not None)
             b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
             if d_value is not None:
-                b_d_value = tl.dot(
-                    b_p.to(b_d_out.dtype), b_d_out, b_d_value, input_precision=PRECISION
-                )  # [N, M] @ [M, Cv]
+                b_d_value = add_product(b_d_value, b_p.to(b_d_out.dtype), b_d_out, PRECISION)  # [N, M] @ [M, Cv]
             if low is None:
                 b_dp = dot_features(b_v, b_d_out, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             else:
-                b_dp = tl.trans(dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION))
+                b_dp = dot_rows(
+                    b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+                    m_first, n_first, n_q, n_keys, C_V, PRECISION,
+                )  # fmt: skip
+                b_dp = tl.trans(b_dp)
             b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_delta_low[None, :], low is not None)
             if d_key is not None:
-                b_d_key = tl.dot(b_ds.to(b_q.dtype), b_q, b_d_key, input_precision=PRECISION)  # [N, M] @ [M, C]
+                b_d_key = add_product(b_d_key, b_ds.to(b_q.dtype), b_q, PRECISION)  # [N, M] @ [M, C]
             if GRADIENT_RANK > 0:
                 b_columns = load_chunk(gradient_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, GRADIENT_RANK, True)
-                b_d_columns = add_product(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [N, M] @ [M, R]
+                b_d_columns = add_columns(b_d_columns, b_ds, b_columns, SPLIT, PRECISION)  # [N, M] @ [M, R]
 
     p_row = i_bh * n_k + o_n
     if d_key is not None:
@@ -380,8 +386,8 @@ def values_kernel(
             b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
         b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
         b_s = products(
-            b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
-            m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, True,
+            b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
+            m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
         )  # fmt: skip
         b_s = add_distances(
             b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
@@ -395,7 +401,10 @@ def values_kernel(
         b_p = probabilities(b_s, b_level[:, None], b_low[:, None], unit, low is not None)
         b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
         b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
-        b_dp = dot_features(b_d_out, b_v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        b_dp = dot_rows(
+            b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+            m_first, n_first, n_q, n_keys, C_V, PRECISION,
+        )  # fmt: skip
         b_d_values += score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)

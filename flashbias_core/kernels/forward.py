@@ -56,7 +56,7 @@ def forward_kernel(
     slope = 0.0
     ahead = 0.0
     if FAR:
-        slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
+        slope = tl.div_rn(load_item(terms.slopes, i_o, i_i, i_h), unit)
 
     b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
     b_q_columns = b_q
@@ -76,8 +76,9 @@ def forward_kernel(
                 o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
                 b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
                 b_s = products(
-                    b_q, b_k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h,
-                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
+                    b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
+                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION,
+                    phase == 1,
                 )  # fmt: skip
                 if FAR:
                     b_s = add_scaled(b_s, slope, steps(BLOCK_N, True))
@@ -118,7 +119,8 @@ def forward_kernel(
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max * unit + tl.log(b_sum))
     if FAR:  # the LSE is that of the true bias
         b_lse -= slope * unit * tl.arange(0, BLOCK_M)
-    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_out = tl.div_rn(b_out, b_sum.broadcast_to(BLOCK_M, WIDTH_V)) if EXACT else b_out / b_sum
 
     if IN_PARTS:
         i_bh += tl.program_id(1) * (tl.num_programs(0) // n_tiles).to(tl.int64)
@@ -142,6 +144,6 @@ def combine_kernel(
     total = tl.sum(b_weight, 0)
     p_out = out_parts + (o_part[:, None] * n_rows + i_row) * C_V + o_c[None, :]
     b_out = tl.load(p_out, mask=(o_part[:, None] < n_splits) & (o_c[None, :] < C_V), other=0.0)
-    b_out = tl.sum(b_out * b_weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    b_out = tl.div_rn(tl.sum(b_out * b_weight[:, None], 0), tl.where(total == 0.0, 1.0, total))
     tl.store(lse + i_row, tl.where(total == 0.0, float("-inf"), largest + tl.log(total)))
     tl.store(out + i_row * C_V + o_c, b_out.to(out.dtype.element_ty), mask=o_c < C_V)

@@ -20,6 +20,7 @@ from .layout import reduce_to
 from .terms import Block
 
 DELTA_ROWS = 32
+WIDE = 128  # features
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,8 @@ def backward(
     statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
     better = low is not None or "slopes" in names or (inexact and bool(names & {"q_factor", "k_factor"}))
+    # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
+    better |= "values" in names and value.shape[-1] > WIDE
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         delta_kernel[(plan.cdiv(query.shape[-2], DELTA_ROWS) * rows,)](

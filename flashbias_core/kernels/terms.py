@@ -9,6 +9,7 @@ Names: `i_` program index, `o_` offsets, `p_` pointers, `b_` block in registers,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -16,7 +17,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # what fp32 leaves of it
-LN_2 = tl.constexpr(0.6931471805599453)
+# The Taylor series of 2^x, highest power first: good to 5e-9 for |x| <= 1/2, where the hardware's exp2 is to 2e-7.
+EXP2_SERIES = tl.constexpr(tuple(math.log(2) ** i / math.factorial(i) for i in range(7, -1, -1)))
 
 
 class Block(NamedTuple):
@@ -61,19 +63,23 @@ def start_of(x, i_o, i_i, i_h):
 
 @triton.jit
 def load_rows(
-    x, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
-):
-    """Rows `first ...` of `x`, `[BLOCK, WIDTH]`; zero beyond `n_rows` (where CHECK) and beyond C features."""
+    x, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
+    o_from=0,
+):  # fmt: skip
+    """Rows `first ...` of `x` and their features `o_from ...`, `[BLOCK, WIDTH]`.
+
+    Zero beyond `n_rows` (where CHECK) and beyond C features.
+    """
     # Only the start is computed in 64 bits: within a block 32 do.
     p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.stride[3]
     o_row = tl.arange(0, BLOCK)[:, None]
-    o_c = tl.arange(0, WIDTH)[None, :]
+    o_c = o_from + tl.arange(0, WIDTH)[None, :]
     p_x += o_row * x.stride[3] + o_c
     if CHECK:
-        if C == WIDTH:
+        if C % WIDTH == 0:
             return tl.load(p_x, mask=first + o_row < n_rows, other=0.0)
         return tl.load(p_x, mask=(first + o_row < n_rows) & (o_c < C), other=0.0)
-    if C == WIDTH:
+    if C % WIDTH == 0:
         return tl.load(p_x)
     return tl.load(p_x, mask=o_c < C, other=0.0)
 
@@ -90,24 +96,46 @@ def load_chunk(x, i_chunk, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, CH
 
 
 @triton.jit
+def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
+    """`sum + left @ right`. What is fp32 is added outside of the product, where tensor cores would truncate the sum."""
+    if b_left.dtype == tl.float32:
+        b_product = tl.dot(b_left, b_right, input_precision=PRECISION)
+        return tl.fma(b_sum, tl.full(b_sum.shape, 1.0, tl.float32), b_product)  # `+` would be put into the product
+    return tl.dot(b_left, b_right, b_sum)
+
+
+@triton.jit
 def dot_features(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     """`sum + left @ right^T` over features, `[L, C]` and `[R, C]`."""
-    PARTS: tl.constexpr = b_left.shape[1] // 64 if PRECISION == "ieee" else 1
-    if PARTS > 1:
-        # One long chain of additions is less accurate than several short ones.
-        b_left = b_left.reshape(b_left.shape[0], PARTS, 64).permute(1, 0, 2)
-        b_right = b_right.reshape(b_right.shape[0], PARTS, 64).permute(1, 2, 0)
-        b_sum += tl.sum(tl.dot(b_left, b_right, input_precision=PRECISION), 0)
-    else:
-        b_sum = tl.dot(b_left, tl.trans(b_right), b_sum, input_precision=PRECISION)  # [L, C] @ [C, R]
-    return b_sum
+    return add_product(b_sum, b_left, tl.trans(b_right), PRECISION)  # [L, C] @ [C, R]
+
+
+@triton.jit
+def dot_rows(
+    b_left, b_right, left, right, b_sum, i_o, i_i, i_h_left, i_h_right, left_first, right_first, n_left, n_right,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`sum + left @ right^T` over the C features of two blocks of rows, `[L, WIDTH]` and `[R, WIDTH]`.
+
+    Long rows of fp32, which every warp holds in three parts, would not fit into the registers: they are read again,
+    some features at a time.
+    """
+    PART: tl.constexpr = 32
+    LONG: tl.constexpr = C > 64
+    if LONG and b_left.dtype == tl.float32:
+        for o_part in tl.range(0, C, PART, num_stages=1):
+            b_l = load_rows(left, i_o, i_i, i_h_left, left_first, n_left, b_left.shape[0], C, PART, True, o_part)
+            b_r = load_rows(right, i_o, i_i, i_h_right, right_first, n_right, b_right.shape[0], C, PART, True, o_part)
+            b_sum = dot_features(b_l, b_r, b_sum, PRECISION)
+        return b_sum
+    return dot_features(b_left, b_right, b_sum, PRECISION)
 
 
 @triton.jit
 def products(
-    b_left, b_right, b_left_columns, left_columns, right_columns, i_o, i_i, i_h,
+    b_left, b_right, left, right, b_left_columns, left_columns, right_columns, i_o, i_i, i_h, i_h_left, i_h_right,
     left_first, right_first, n_left, n_right, unit,
-    BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, C: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
     FOLDED: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile from its matrix products: of queries and keys, and of the factor columns.
@@ -118,7 +146,10 @@ def products(
     b_s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
     if FOLDED:
         # First, since the bias over a small unit is large, and each later addition would be rounded to its size.
-        b_s = dot_features(b_left, b_right, b_s, PRECISION)
+        b_s = dot_rows(
+            b_left, b_right, left, right, b_s, i_o, i_i, i_h_left, i_h_right, left_first, right_first, n_left, n_right,
+            C, PRECISION,
+        )  # fmt: skip
     if RANK > 0:
         for i_chunk in tl.static_range(0, RANK // CHUNK):
             if RANK > CHUNK:
@@ -195,15 +226,19 @@ def key_range(
 
 @triton.jit
 def exponential(b_x, unit, EXACT: tl.constexpr):
-    """`exp(unit * x)`; where EXACT, with what the exponent lost by rounding, which grows with its size."""
+    """`exp(unit * x)`; where EXACT to the last bit or two, whatever the size of the exponent."""
     to_log2 = unit * LOG2_E
     b_y = b_x * to_log2
-    b_p = tl.exp2(b_y)
     if EXACT:
         rest = tl.fma(unit, LOG2_E, -to_log2) + unit * LOG2_E_REST
-        b_lost = tl.fma(b_x, tl.zeros_like(b_x) + to_log2, -b_y) + b_x * rest
-        b_p = tl.where(b_p > 0.0, b_p + b_p * (b_lost * LN_2), b_p)
-    return b_p
+        b_lost = tl.fma(b_x, tl.zeros_like(b_x) + to_log2, -b_y) + b_x * rest  # by rounding; it grows with y
+        b_whole = tl.floor(b_y + 0.5)
+        b_part = b_y - b_whole + b_lost
+        b_p = tl.full(b_y.shape, EXP2_SERIES[0], tl.float32)
+        for i in tl.static_range(1, 8):
+            b_p = tl.fma(b_p, b_part, tl.full(b_y.shape, EXP2_SERIES[i], tl.float32))
+        return tl.where(b_y < -126.0, 0.0, b_p * tl.exp2(b_whole))
+    return tl.exp2(b_y)
 
 
 @triton.jit
@@ -300,7 +335,7 @@ def add_distances(
 ):  # fmt: skip
     """Scores with slopes times distances."""
     if terms.slopes is not None:
-        slope = load_item(terms.slopes, i_o, i_i, i_h) / unit
+        slope = tl.div_rn(load_item(terms.slopes, i_o, i_i, i_h), unit)
         b_distance = distances(
             terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, STANDING
         )
@@ -331,5 +366,5 @@ def load_matrix(
 def add_matrix(b_s, b_matrix, unit):
     """Scores with a tile of the dense bias, if there is one."""
     if b_matrix is not None:
-        b_s = add_scaled(b_s, 1 / unit, b_matrix.to(tl.float32))
+        b_s = add_scaled(b_s, tl.div_rn(1.0, unit), b_matrix.to(tl.float32))
     return b_s

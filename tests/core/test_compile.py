@@ -44,8 +44,6 @@ class Compilation(Case):
         Products of fp32 keep whole rows in registers, in three parts; so do gradients of factors at head dim 256.
         """
         c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
-        if self.dtype == torch.float32 and c > 64:
-            return float("inf")
         return 64 if factored and c > (32 if self.dtype == torch.float32 else 128) else 0
 
 

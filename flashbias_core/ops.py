@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,12 @@ _TENSORS = 3 + _OPERANDS.count("Tensor")  # as many inputs of `attention`, the f
 
 
 def _backend(query: Tensor) -> ModuleType:
-    if plan.backend(query.device) == "triton":
+    return _module(plan.backend(query.device))
+
+
+@cache
+def _module(backend: str) -> ModuleType:
+    if backend == "triton":
         from .kernels import launch
 
         return launch
@@ -137,10 +143,9 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
 # as long on the host as everything else together.
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in inputs[:_TENSORS]
-    )
-    return _Attention.apply(*inputs) if differentiable else _below_autograd(*inputs)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _Attention.apply(*inputs)
+    return _below_autograd(*inputs)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

@@ -1,12 +1,18 @@
-"""One call of the operator as its kernels take it: blocks, sizes, constants, and which tiles."""
+"""One call of the operator as its kernels take it: blocks, sizes, constants, and which tiles.
+
+All that does not depend on what the tensors hold is found once for each way in which they can lie (`Frame`): an eager
+call should take the host less time than the GPU.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from flashbias import plan
 from flashbias.operands import Operands
@@ -17,14 +23,97 @@ except ImportError:  # triton 3.3 has none that the host can make
     TensorDescriptor = None
 
 from .columns import score_columns
-from .layout import Layout
+from .layout import Axes, Geometry, Layout, geometry
 from .terms import Block, Masks, Terms
+
+PER_HEAD = Axes(row=False, column=False)
+PER_POSITION = Axes(head=False, column=False)
+PER_BATCH = Axes(head=False, row=False, column=False)
+# The tensors that a call reads, in the order of a frame's.
+INPUTS = {"query": Axes(), "key": Axes(), "value": Axes()}
+TERMS = {
+    "q_columns": Axes(), "k_columns": Axes(), "slopes": PER_HEAD, "q_positions": PER_POSITION,
+    "k_positions": PER_POSITION, "values": Axes(),
+}  # fmt: skip
+MASKS = {
+    "offsets": PER_BATCH, "lengths": PER_BATCH, "q_ids": PER_POSITION, "k_ids": PER_POSITION, "allowed": Axes(),
+}  # fmt: skip
+AXES = INPUTS | TERMS | MASKS
+MATRICES = ("values", "allowed")
+FRAMES = 2048  # at most, each of a few kilobytes
+
+
+@dataclass
+class Frame:
+    """What calls have in common whose tensors lie in the same way.
+
+    strides: of the blocks, in the order of `AXES`; None where there is no tensor, or it has to be copied first.
+    sizes, constants: arguments of the kernels. traits: what `plan.tiles` wants to know beside.
+    compiled: kernels that were launched before, by what else their code depends on.
+    """
+
+    layout: Layout
+    strides: tuple[tuple[int, int, int, int] | None, ...]
+    sizes: dict[str, Any]
+    constants: dict[str, Any]
+    traits: dict[str, Any]
+    compiled: dict[tuple[Any, ...], CompiledKernel] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=FRAMES)
+def _frame(
+    device: torch.device,
+    scale: float,
+    offset: int,
+    symmetric: bool,
+    causal: bool,
+    folded: bool,
+    values_shape: tuple[int, ...] | None,
+    *geometries: Geometry | None,
+) -> Frame:
+    """The frame of a call; `geometries` in the order of `AXES`, `values_shape` if their gradient is wanted."""
+    lie = dict(zip(AXES, geometries, strict=True))
+    query, key, value, k_columns = lie["query"], lie["key"], lie["value"], lie["k_columns"]
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    given = {name: (known, AXES[name]) for name, known in lie.items() if known is not None}
+    matrices = [given[name] for name in MATRICES if name in given]
+    if values_shape is not None:
+        # The gradient is laid out by the shape of the values, whatever their strides.
+        contiguous = torch.empty(values_shape, device="meta").stride()
+        matrices.append((Geometry(values_shape, contiguous, torch.float32, 0), Axes()))
+    heads, n_q, c = query.shape[-3:]
+    n_k, c_v = value.shape[-2:]
+    layout = Layout(query.shape[:-3], heads, [given[name] for name in given if name not in MATRICES], matrices)
+    rank = 0 if k_columns is None else k_columns.shape[-1]
+    sizes = {
+        "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads, "group": heads // max(key.shape[-3], 1),
+        "offset": offset, "unit": scale,
+    }  # fmt: skip
+    constants = {
+        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
+        "CHUNK": plan.chunk(rank), "FOLDED": folded, "CAUSAL": causal, "SYMMETRIC": symmetric,
+        "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), device),
+    }  # fmt: skip
+    traits = {
+        "LONG": n_k >= plan.LONG and "values" not in given,  # a dense bias takes registers too
+        "DENSE": "values" in given,
+        "ALLOWED": "allowed" in given,
+        "POSITIONS": "q_positions" in given or "q_ids" in given,
+        "SLOPES": "slopes" in given,
+        "FEW": n_q <= plan.FEW,
+    }
+    traits["BARE"] = not (causal or traits["ALLOWED"] or "q_ids" in given or traits["SLOPES"])
+    strides = (None if known is None else layout.strides(known, AXES[name]) for name, known in lie.items())
+    return Frame(layout, tuple(strides), sizes, constants, constants | traits)
 
 
 @dataclass
 class Call:
     """What all kernels of one call take."""
 
+    frame: Frame
     layout: Layout
     q: Block
     k: Block
@@ -36,22 +125,11 @@ class Call:
     @property
     def long(self) -> bool:
         """Whether rows are long, and no dense bias takes registers too."""
-        return self.sizes["n_k"] >= plan.LONG and self.sizes["terms"].matrix is None
+        return self.frame.traits["LONG"]
 
     def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
         """The tiles of a kernel for this call."""
-        terms, masks = self.sizes["terms"], self.sizes["masks"]
-        traits = {
-            "LONG": self.long,
-            "DENSE": terms.matrix is not None,
-            "ALLOWED": masks.allowed is not None,
-            "POSITIONS": terms.q_positions is not None or masks.q_ids is not None,
-            "SLOPES": terms.slopes is not None,
-            "FEW": self.sizes["n_q"] <= plan.FEW,
-        }
-        masked = self.constants["CAUSAL"] or traits["ALLOWED"] or masks.q_ids is not None
-        traits["BARE"] = not (masked or traits["SLOPES"])
-        return plan.tiles(kind, query.device, query.dtype, self.constants | traits)
+        return plan.tiles(kind, query.device, query.dtype, self.frame.traits)
 
     def descriptor(self, tiles: plan.Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
@@ -59,62 +137,69 @@ class Call:
             return None
         return TensorDescriptor.from_tensor(self.planes, [1, tiles.block_m, tiles.block_n])
 
+    def launch(self, kernel: Any, grid: tuple[int, int], tiles: plan.Tiles | None = None, **arguments: Any) -> None:
+        """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common.
+
+        Triton looks up what it has compiled by a key made of every single argument, which takes the host longer than
+        the launch. Here most of them are the frame's.
+        """
+        key = (id(kernel), tiles, self.planes is None, *map(_kind, arguments.values()))
+        options = {}
+        if tiles is not None:
+            options = tiles.options()
+            arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}
+            arguments.update(self.sizes, **self.constants)
+        compiled = self.frame.compiled.get(key)
+        if compiled is None:
+            compiled = kernel[grid](**arguments, **options)
+            if isinstance(compiled, CompiledKernel):  # what the interpreter returns is not
+                self.frame.compiled[key] = compiled
+        else:
+            arguments |= options
+            compiled[(*grid, 1)](*[arguments[name] for name in kernel.arg_names])
+
+
+def _kind(argument: Any) -> Any:
+    """What compiled code can depend on in an argument."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return tuple([_kind(part) for part in argument]) if isinstance(argument, tuple) else argument
+
 
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, *, values_gradient: bool = False
 ) -> Call:
     """The blocks and constants of a call."""
-    heads, n_q, c = query.shape[-3:]
-    n_k, c_v = value.shape[-2:]
-    columns = None
-    if operands.q_factor is not None and operands.k_factor is not None:
-        columns = score_columns(operands.q_factor, operands.k_factor, query.dtype, scale)
     o = operands
-    q_columns, k_columns = (columns.q, columns.k) if columns else (None, None)
+    columns = None
+    if o.q_factor is not None and o.k_factor is not None:
+        columns = score_columns(o.q_factor, o.k_factor, query.dtype, scale)
     values = None if o.values is None else _aligned(o.values)
     planes = None if values is None else _planes(values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
-    vectors = [(query, 3), (key, 3), (value, 3), (q_columns, 3), (k_columns, 3), (o.slopes, 1), (o.q_positions, 1)]
-    vectors += [(o.k_positions, 1), (o.offsets, 0), (o.lengths, 0), (o.q_ids, 1), (o.k_ids, 1)]
-    matrices = [(values, 3), (allowed, 3)]
-    if values_gradient and o.values is not None:
-        # The gradient is laid out by the shape of the values, whatever their strides.
-        matrices.append((torch.empty(o.values.shape, device="meta"), 3))
-    layout = Layout(query.shape[:-3], heads, vectors, matrices)
-
-    def block(tensor: Tensor | None, **flags: bool) -> Block | None:
-        return None if tensor is None else layout.block(tensor, **flags)
-
-    per_position = {"head": False, "row": True, "column": False}
-    per_batch = {"head": False, "row": False, "column": False}
-    terms = Terms(
-        block(q_columns),
-        block(k_columns),
-        block(o.slopes, row=False, column=False),
-        block(_positions(o.q_positions), **per_position),
-        block(_positions(o.k_positions), **per_position),
-        block(values) if values is None or planes is None else _count_planes(layout.block(values), planes),
-    )
-    masks = Masks(
-        block(o.offsets, **per_batch),
-        block(o.lengths, **per_batch),
-        block(o.q_ids, **per_position),
-        block(o.k_ids, **per_position),
-        block(allowed),
-    )
-    rank = 0 if columns is None else columns.k.shape[-1]
-    sizes = {
-        "terms": terms, "masks": masks, "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads,
-        "group": heads // max(key.shape[-3], 1), "offset": o.offset, "unit": scale,
-    }  # fmt: skip
-    constants = {
-        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
-        "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
-        "SYMMETRIC": o.symmetric, "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), query.device),
-    }  # fmt: skip
-    return Call(layout, layout.block(query), layout.block(key), layout.block(value), planes, sizes, constants)
+    q_columns, k_columns, folded = (columns.q, columns.k, columns.folded) if columns else (None, None, True)
+    tensors = (
+        query, key, value,
+        q_columns, k_columns, o.slopes, _positions(o.q_positions), _positions(o.k_positions), values,
+        o.offsets, o.lengths, o.q_ids, o.k_ids, allowed,
+    )  # fmt: skip
+    frame = _frame(
+        query.device, scale, o.offset, o.symmetric, o.causal, folded,
+        o.values.shape if values_gradient and o.values is not None else None,
+        *[None if tensor is None else geometry(tensor) for tensor in tensors],
+    )  # fmt: skip
+    blocks = [
+        None if tensor is None else Block(tensor, strides) if strides else frame.layout.block(tensor, axes)
+        for tensor, strides, axes in zip(tensors, frame.strides, AXES.values(), strict=True)
+    ]
+    q, k, v = blocks[: len(INPUTS)]
+    terms = Terms(*blocks[len(INPUTS) : -len(MASKS)])
+    if planes is not None:
+        terms = terms._replace(matrix=_count_planes(terms.matrix, planes))
+    sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
+    return Call(frame, frame.layout, q, k, v, planes, sizes, frame.constants)
 
 
 def _positions(positions: Tensor | None) -> Tensor | None:

@@ -163,7 +163,9 @@ def _kind(argument: Any) -> Any:
     """What compiled code can depend on in an argument."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    return tuple([_kind(part) for part in argument]) if isinstance(argument, tuple) else argument
+    if isinstance(argument, Block):
+        return _kind(argument.ptr), argument.stride
+    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
 
 
 def prepare(

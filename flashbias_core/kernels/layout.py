@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple
@@ -65,6 +66,7 @@ class Layout:
         if len(self.batch) > 2:
             self.split = self._fold(vectors, matrices)
         self.outer, self.inner = prod(self.batch[: self.split]), prod(self.batch[self.split :])
+        self.strides = lru_cache(maxsize=64)(self._strides)
 
     def _fold(self, vectors: Sequence[tuple[Geometry, Axes]], matrices: Sequence[tuple[Geometry, Axes]]) -> int:
         """The place between batch dimensions before which they fold into `outer`, and behind it into `inner`."""
@@ -91,7 +93,7 @@ class Layout:
         sizes = [(d, size) for d, size in enumerate(self.batch) if size != 1]
         return {right for (left, _), (right, size) in pairwise(sizes) if steps[left] != steps[right] * size}
 
-    def strides(self, known: Geometry, axes: Axes) -> tuple[int, int, int, int] | None:
+    def _strides(self, known: Geometry, axes: Axes) -> tuple[int, int, int, int] | None:
         """Strides over outer batch, inner batch, head and row; None where the tensor has to be copied first."""
         if axes.column and known.stride[-1] != 1 and known.shape[-1] > 1:
             return None

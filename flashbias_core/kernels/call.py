@@ -6,6 +6,7 @@ call should take the host less time than the GPU.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,9 @@ try:
 except ImportError:  # triton 3.3 has none that the host can make
     TensorDescriptor = None
 
+from . import compiled
 from .columns import score_columns
+from .compiled import kind
 from .layout import Axes, Geometry, Layout, geometry
 from .terms import Block, Masks, Terms
 
@@ -57,7 +60,7 @@ class Frame:
     sizes: dict[str, Any]
     constants: dict[str, Any]
     traits: dict[str, Any]
-    compiled: dict[tuple[Any, ...], CompiledKernel] = field(default_factory=dict)
+    compiled: dict[Hashable, CompiledKernel] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=FRAMES)
@@ -138,34 +141,14 @@ class Call:
         return TensorDescriptor.from_tensor(self.planes, [1, tiles.block_m, tiles.block_n])
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: plan.Tiles | None = None, **arguments: Any) -> None:
-        """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common.
-
-        Triton looks up what it has compiled by a key made of every single argument, which takes the host longer than
-        the launch. Here most of them are the frame's.
-        """
-        key = (id(kernel), tiles, self.planes is None, *map(_kind, arguments.values()))
+        """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
+        key = (id(kernel), tiles, self.planes is None, *map(kind, arguments.values()))
         options = {}
         if tiles is not None:
             options = tiles.options()
             arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}
             arguments.update(self.sizes, **self.constants)
-        compiled = self.frame.compiled.get(key)
-        if compiled is None:
-            compiled = kernel[grid](**arguments, **options)
-            if isinstance(compiled, CompiledKernel):  # what the interpreter returns is not
-                self.frame.compiled[key] = compiled
-        else:
-            arguments |= options
-            compiled[(*grid, 1)](*[arguments[name] for name in kernel.arg_names])
-
-
-def _kind(argument: Any) -> Any:
-    """What compiled code can depend on in an argument."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, Block):
-        return _kind(argument.ptr), argument.stride
-    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
+        compiled.launch(kernel, grid, arguments, options, self.frame.compiled, key)
 
 
 def prepare(

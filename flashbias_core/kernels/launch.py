@@ -28,14 +28,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    call = prepare(query, key, value, operands, scale)
-    tiles = call.tiles("forward", query)
-    programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
-    splits = plan.key_splits(programs, key.shape[-2], query.device)
-    parts = out, lse
-    if splits > 1:
-        parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
     with _on(query):
+        call = prepare(query, key, value, operands, scale)
+        tiles = call.tiles("forward", query)
+        programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
+        splits = plan.key_splits(programs, key.shape[-2], query.device)
+        parts = out, lse
+        if splits > 1:
+            parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
         call.launch(
             forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits, LONG=call.long,
             IN_PARTS=splits > 1,
@@ -65,17 +65,17 @@ def backward(
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     if out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
-    call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel()
     delta = torch.empty_like(lse)
     low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
     level = torch.empty_like(lse)
-    statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
     better = low is not None or "slopes" in names or (inexact and bool(names & {"q_factor", "k_factor"}))
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
+        call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
+        statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
         call.launch(
             delta_kernel, (plan.cdiv(query.shape[-2], DELTA_ROWS) * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
             out=call.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
@@ -117,7 +117,7 @@ def _query_side(
     return {
         "query": d_query,
         "slopes": slopes,
-        "q_factor": None if side is None else side.combine(torch.cat(parts, -1)),
+        "q_factor": None if side is None else side.combine(_joined(parts)),
     }
 
 
@@ -141,7 +141,7 @@ def _key_side(
             **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
-    return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(torch.cat(parts, -1))}
+    return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(_joined(parts))}
 
 
 def _columns(factor: Tensor | None, query: Tensor, tiles: plan.Tiles) -> GradientColumns | None:
@@ -155,6 +155,10 @@ def _slices(side: GradientColumns | None) -> list[tuple[int, int]]:
 
 def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> Block | None:
     return None if side is None else call.layout.block(side.columns[..., start:stop])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _is_split(side: GradientColumns | None) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -51,12 +53,14 @@ class Frame:
     """What calls have in common whose tensors lie in the same way.
 
     strides: of the blocks, in the order of `AXES`; None where there is no tensor, or it has to be copied first.
+    planes: shape and strides of a dense bias as a tensor descriptor reads it; None where it does not.
     sizes, constants: arguments of the kernels. traits: what `plan.tiles` wants to know beside.
     compiled: kernels that were launched before, by what else their code depends on.
     """
 
     layout: Layout
     strides: tuple[tuple[int, int, int, int] | None, ...]
+    planes: tuple[list[int], list[int]] | None
     sizes: dict[str, Any]
     constants: dict[str, Any]
     traits: dict[str, Any]
@@ -71,10 +75,14 @@ def _frame(
     symmetric: bool,
     causal: bool,
     folded: bool,
+    descriptors: bool,
     values_shape: tuple[int, ...] | None,
     *geometries: Geometry | None,
 ) -> Frame:
-    """The frame of a call; `geometries` in the order of `AXES`, `values_shape` if their gradient is wanted."""
+    """The frame of a call; `geometries` in the order of `AXES`, `values_shape` if their gradient is wanted.
+
+    `descriptors`: whether there are any.
+    """
     lie = dict(zip(AXES, geometries, strict=True))
     query, key, value, k_columns = lie["query"], lie["key"], lie["value"], lie["k_columns"]
     assert query is not None
@@ -108,8 +116,11 @@ def _frame(
         "FEW": n_q <= plan.FEW,
     }
     traits["BARE"] = not (causal or traits["ALLOWED"] or "q_ids" in given or traits["SLOPES"])
-    strides = (None if known is None else layout.strides(known, AXES[name]) for name, known in lie.items())
-    return Frame(layout, tuple(strides), sizes, constants, constants | traits)
+    strides = {name: layout.strides(known, axes) for name, (known, axes) in given.items()}
+    planes = _planes(given["values"][0]) if descriptors and "values" in given else None
+    if planes is not None:
+        strides["values"] = _count_planes(strides["values"], planes[1][0])
+    return Frame(layout, tuple(map(strides.get, AXES)), planes, sizes, constants, constants | traits)
 
 
 @dataclass
@@ -121,7 +132,7 @@ class Call:
     q: Block
     k: Block
     v: Block
-    planes: Tensor | None
+    values: Tensor | None
     sizes: dict[str, Any]
     constants: dict[str, Any]
 
@@ -136,13 +147,13 @@ class Call:
 
     def descriptor(self, tiles: plan.Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
-        if self.planes is None:
+        if self.frame.planes is None:
             return None
-        return TensorDescriptor.from_tensor(self.planes, [1, tiles.block_m, tiles.block_n])
+        return TensorDescriptor(self.values, *self.frame.planes, [1, tiles.block_m, tiles.block_n])
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: plan.Tiles | None = None, **arguments: Any) -> None:
         """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
-        key = (id(kernel), tiles, self.planes is None, *map(kind, arguments.values()))
+        key = (id(kernel), tiles, *map(kind, arguments.values()))
         options = {}
         if tiles is not None:
             options = tiles.options()
@@ -160,7 +171,6 @@ def prepare(
     if o.q_factor is not None and o.k_factor is not None:
         columns = score_columns(o.q_factor, o.k_factor, query.dtype, scale)
     values = None if o.values is None else _aligned(o.values)
-    planes = None if values is None else _planes(values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
@@ -171,7 +181,7 @@ def prepare(
         o.offsets, o.lengths, o.q_ids, o.k_ids, allowed,
     )  # fmt: skip
     frame = _frame(
-        query.device, scale, o.offset, o.symmetric, o.causal, folded,
+        query.device, scale, o.offset, o.symmetric, o.causal, folded, plan.has_descriptors(query.device),
         o.values.shape if values_gradient and o.values is not None else None,
         *[None if tensor is None else geometry(tensor) for tensor in tensors],
     )  # fmt: skip
@@ -181,10 +191,8 @@ def prepare(
     ]
     q, k, v = blocks[: len(INPUTS)]
     terms = Terms(*blocks[len(INPUTS) : -len(MASKS)])
-    if planes is not None:
-        terms = terms._replace(matrix=_count_planes(terms.matrix, planes))
     sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
-    return Call(frame, frame.layout, q, k, v, planes, sizes, frame.constants)
+    return Call(frame, frame.layout, q, k, v, values, sizes, frame.constants)
 
 
 def _positions(positions: Tensor | None) -> Tensor | None:
@@ -203,24 +211,33 @@ def _aligned(values: Tensor) -> Tensor:
         if values.stride(dim) == 0:
             values = values.narrow(dim, 0, 1)
     step = 16 // values.element_size()
-    strides = [stride for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True) if size > 1]
-    if values.stride(-1) == 1 and values.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
+    if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
         return values
     n_k = values.shape[-1]
     padded = values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k]
     return padded.copy_(values)
 
 
-def _planes(values: Tensor) -> Tensor | None:
-    """Values as a stack of planes `(planes, rows, columns)`, where a tensor descriptor can read them; else None."""
-    if values.shape[-2] == 1 or not plan.has_descriptors(values.device):
+@lru_cache(maxsize=FRAMES)
+def _in_steps(shape: tuple[int, ...], stride: tuple[int, ...], step: int) -> bool:
+    """Whether columns are contiguous, and other strides multiples of `step`."""
+    others = zip(shape[:-1], stride[:-1], strict=True)
+    return stride[-1] == 1 and all(size == 1 or stride % step == 0 for size, stride in others)
+
+
+def _planes(values: Geometry) -> tuple[list[int], list[int]] | None:
+    """Shape and strides of values as a stack of planes `(planes, rows, columns)`, where they are one; else None."""
+    *outer, (n_q, row), (n_k, column) = zip(values.shape, values.stride, strict=True)
+    outer = [(size, stride) for size, stride in outer if size != 1]
+    in_line = all(left == size * right for (_, left), (size, right) in pairwise(outer))
+    if n_q == 1 or not in_line:
         return None
-    planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
-    in_place = planes.data_ptr() == values.data_ptr()  # batch dimensions that do not lie in one line are copied
-    return planes if in_place else None
+    plane = outer[-1][1] if outer else n_q * row
+    return [prod(size for size, _ in outer), n_q, n_k], [plane, row, column]
 
 
-def _count_planes(values: Block, planes: Tensor) -> Block:
-    """The block of values with strides in planes; rows and columns are the descriptor's."""
-    outer, inner, head, _ = (stride // max(planes.stride(0), 1) for stride in values.stride)
-    return Block(values.ptr, (outer, inner, head, 0))
+def _count_planes(strides: tuple[int, int, int, int] | None, plane: int) -> tuple[int, int, int, int]:
+    """Strides of values in planes; rows and columns are the descriptor's."""
+    assert strides is not None  # since they were not copied
+    outer, inner, head, _ = (stride // max(plane, 1) for stride in strides)
+    return outer, inner, head, 0

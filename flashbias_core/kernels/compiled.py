@@ -37,6 +37,6 @@ def kind(argument: Any) -> Hashable:
     """What compiled code can depend on in an argument."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, Block):
-        return kind(argument.ptr), argument.stride
-    return tuple(map(kind, argument)) if isinstance(argument, tuple) else argument
+    if not isinstance(argument, tuple):
+        return argument
+    return (kind(argument.ptr), argument.stride) if isinstance(argument, Block) else tuple(map(kind, argument))

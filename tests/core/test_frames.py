@@ -58,6 +58,10 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "row": lambda t: {"bias": DenseBias(t["values"][:, :1])},
     "one head": lambda t: {"bias": DenseBias(t["values"][:1])},
     "half": lambda t: {"bias": DenseBias(t["values"].half())},
+    "repeated row": lambda t: {"bias": DenseBias(t["values"][:1, :1].expand(HEADS, N, N))},
+    "columns first": lambda t: {"bias": DenseBias(t["values"].mT)},
+    "rows apart": lambda t: {"bias": DenseBias(t["values"].repeat_interleave(2, -2)[:, ::2])},
+    "heads swapped": lambda t: {"bias": DenseBias(torch.stack([t["values"]] * 2, 1).transpose(0, 1))},
     "factors": lambda t: {"bias": FactoredBias(t["query"][0], t["key"][0])},
     "narrow factors": lambda t: {"bias": FactoredBias(t["query"][0, ..., :5], t["key"][0, ..., :5])},
 }

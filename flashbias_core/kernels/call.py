@@ -185,7 +185,7 @@ def prepare(
         o.values.shape if values_gradient and o.values is not None else None,
         *[None if tensor is None else geometry(tensor) for tensor in tensors],
     )  # fmt: skip
-    blocks = [
+    blocks: list[Any] = [
         None if tensor is None else Block(tensor, strides) if strides else frame.layout.block(tensor, axes)
         for tensor, strides, axes in zip(tensors, frame.strides, AXES.values(), strict=True)
     ]

@@ -30,7 +30,8 @@ def launch(
             known[key] = compiled
     else:
         arguments = arguments | options  # the sizes of tiles are arguments too
-        compiled[(*grid, 1)](*[arguments[name] for name in kernel.arg_names])
+        programs = (*grid, 1)
+        compiled[programs](*[arguments[name] for name in kernel.arg_names])
 
 
 def kind(argument: Any) -> Hashable:

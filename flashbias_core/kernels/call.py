@@ -77,18 +77,15 @@ def _frame(
     folded: bool,
     descriptors: bool,
     values_shape: tuple[int, ...] | None,
-    *geometries: Geometry | None,
+    *geometries: tuple[Any, ...] | None,
 ) -> Frame:
     """The frame of a call; `geometries` in the order of `AXES`, `values_shape` if their gradient is wanted.
 
     `descriptors`: whether there are any.
     """
-    lie = dict(zip(AXES, geometries, strict=True))
-    query, key, value, k_columns = lie["query"], lie["key"], lie["value"], lie["k_columns"]
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    given = {name: (known, AXES[name]) for name, known in lie.items() if known is not None}
+    lie = {name: Geometry(*known) for name, known in zip(AXES, geometries, strict=True) if known is not None}
+    query, key, value = (lie[name] for name in INPUTS)
+    given = {name: (known, AXES[name]) for name, known in lie.items()}
     matrices = [given[name] for name in MATRICES if name in given]
     if values_shape is not None:
         # The gradient is laid out by the shape of the values, whatever their strides.
@@ -97,7 +94,7 @@ def _frame(
     heads, n_q, c = query.shape[-3:]
     n_k, c_v = value.shape[-2:]
     layout = Layout(query.shape[:-3], heads, [given[name] for name in given if name not in MATRICES], matrices)
-    rank = 0 if k_columns is None else k_columns.shape[-1]
+    rank = lie["k_columns"].shape[-1] if "k_columns" in lie else 0
     sizes = {
         "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads, "group": heads // max(key.shape[-3], 1),
         "offset": offset, "unit": scale,
@@ -205,12 +202,13 @@ def _positions(positions: Tensor | None) -> Tensor | None:
 def _aligned(values: Tensor) -> Tensor:
     """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower.
 
-    What was expanded in batch or heads is taken back to size 1.
+    A single row, at multiples of 16 entries: triton compiles strides that are no such multiples anew. What was expanded
+    in batch or heads is taken back to size 1.
     """
     for dim in range(values.dim() - 2):
         if values.stride(dim) == 0:
             values = values.narrow(dim, 0, 1)
-    step = 16 // values.element_size()
+    step = 16 if values.shape[-2] == 1 else 16 // values.element_size()
     if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
         return values
     n_k = values.shape[-1]

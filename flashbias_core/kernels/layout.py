@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ class Geometry(NamedTuple):
     place: int
 
 
-def geometry(tensor: Tensor) -> Geometry:
-    """How a tensor lies in memory."""
-    return Geometry(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+def geometry(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory: the fields of a `Geometry`, since to make one takes longer than to find them."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
 
 
 class Axes(NamedTuple):
@@ -110,15 +110,15 @@ class Layout:
 
     def block(self, tensor: Tensor, axes: Axes = Axes()) -> Block:  # noqa: B008 - it cannot be changed
         """The block of a tensor, copied where it has to be."""
-        strides = self.strides(geometry(tensor), axes)
+        strides = self.strides(Geometry(*geometry(tensor)), axes)
         if strides is None:
             tensor = tensor.contiguous()
-            strides = self.strides(geometry(tensor), axes)
+            strides = self.strides(Geometry(*geometry(tensor)), axes)
         if strides is None:  # broadcast over some of the dimensions that fold
             trailing = sum(axes)
             tensor = tensor[(None,) * (trailing - tensor.dim())]
             tensor = tensor.expand((*self.batch, *tensor.shape[tensor.dim() - trailing :])).contiguous()
-            strides = self.strides(geometry(tensor), axes)
+            strides = self.strides(Geometry(*geometry(tensor)), axes)
         assert strides is not None
         return Block(tensor, strides)
 

@@ -143,7 +143,7 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
 # as long on the host as everything else together.
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs[:_TENSORS]):
         return _Attention.apply(*inputs)
     return _below_autograd(*inputs)
 

@@ -69,10 +69,12 @@ def _score_columns(
     n_q, n_k = q_factor.numel() // rank, k_factor.numel() // rank
     width = plan.width(columns)
     rows = max(ENTRIES // width, 1)
+    largest = _largest(q_factor, k_factor) if balanced else None
     _launch(
-        score_columns_kernel, (plan.cdiv(max(n_q, n_k), rows), 2), q_factor=q_factor, k_factor=k_factor, q=q, k=k,
-        largest=_largest(q_factor, k_factor) if balanced else None, n_q=n_q, n_k=n_k, unit=unit, RANK=rank,
-        COLUMNS=columns, WIDTH=width, SHARES=SHARES, PARTS=parts, Q_LOW=q_low, K_LOW=k_low, ROWS=rows,
+        score_columns_kernel, (plan.cdiv(max(n_q, n_k), rows), 2),
+        {"q_factor": q_factor, "k_factor": k_factor, "q": q, "k": k, "largest": largest},
+        {"n_q": n_q, "n_k": n_k, "unit": unit},
+        RANK=rank, COLUMNS=columns, WIDTH=width, SHARES=SHARES, PARTS=parts, Q_LOW=q_low, K_LOW=k_low, ROWS=rows,
     )  # fmt: skip
     return Columns(q, k)
 
@@ -107,10 +109,11 @@ def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) 
     size = factor.new_empty((rank,), dtype=torch.float32) if sized else None
     n_rows, width = factor.numel() // rank, plan.width(columns)
     rows = max(ENTRIES // width, 1)
+    largest = _largest(factor) if sized else None
     _launch(
-        gradient_columns_kernel, (plan.cdiv(n_rows, rows), 1), factor=factor, out=out, size=size,
-        largest=_largest(factor) if sized else None, n_rows=n_rows, RANK=rank, COLUMNS=columns, WIDTH=width,
-        SHARES=SHARES, PARTS=parts, ROWS=rows,
+        gradient_columns_kernel, (plan.cdiv(n_rows, rows), 1),
+        {"factor": factor, "out": out, "size": size, "largest": largest}, {"n_rows": n_rows},
+        RANK=rank, COLUMNS=columns, WIDTH=width, SHARES=SHARES, PARTS=parts, ROWS=rows,
     )  # fmt: skip
     return GradientColumns(out, rank, parts, size)
 
@@ -122,25 +125,25 @@ def _largest(*factors: Tensor) -> Tensor:
     largest = first.new_empty((len(factors), SHARES, rank), dtype=torch.float32)
     width = plan.width(rank)
     _launch(
-        largest_kernel, (SHARES, len(factors)), first=first, last=last, largest=largest, n_first=first.numel() // rank,
-        n_last=last.numel() // rank, RANK=rank, WIDTH=width, ROWS=max(ENTRIES // width, 1),
+        largest_kernel, (SHARES, len(factors)), {"first": first, "last": last, "largest": largest},
+        {"n_first": first.numel() // rank, "n_last": last.numel() // rank},
+        RANK=rank, WIDTH=width, ROWS=max(ENTRIES // width, 1),
     )  # fmt: skip
     return largest
 
 
-def _launch(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
-    """Launch one of the kernels below, whose code does not depend on numbers of rows of a usual size."""
-    device = next(iter(arguments.values())).device
-    key = tuple([kind(value) for name, value in arguments.items() if name not in NUMBERS])
-    many = any(arguments.get(name, 0) >= 2**31 for name in NUMBERS)
-    launch(kernel, grid, arguments, {}, _COMPILED, (id(kernel), device, many, key))
+def _launch(
+    kernel: Any, grid: tuple[int, int], tensors: dict[str, Tensor | None], numbers: dict[str, float], **constants: int
+) -> None:
+    """Launch one of the kernels below; of the numbers their code depends on nothing but whether 32 bits hold them."""
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    long = max(numbers.values()) >= 2**31
+    key = (id(kernel), device, long, *map(kind, tensors.values()), *constants.values())
+    launch(kernel, grid, tensors | numbers | constants, {}, _COMPILED, key)
 
 
 def _rounded(columns: int, step: int = MIN_WIDTH) -> int:
     return -(-columns // step) * step
-
-
-NUMBERS = ("n_q", "n_k", "n_rows", "n_first", "n_last", "unit")
 
 
 @triton.jit

@@ -2,12 +2,12 @@
 
 With `r` the coordinates relative to a common centre, `-w_i |r_i - r_j|^2` is the product of two thin factors,
 
-    phi_q[i] = -w_i (r_i, |r_i|^2, 1)        phi_k[j] = (-2 r_j, 1, |r_j|^2),
+    phi_q[i] = -w_i (r_i, 1, |r_i|^2)        phi_k[j] = (-2 r_j, |r_j|^2, 1),
 
-of rank d + 2. Centring keeps the products small wherever the points lie. The column with |r_i|^2 is constant along a
-row and softmax does not see it; it is kept because with it the returned LSE is that of the true bias, and because it
-gives the row sums of dS to the coordinates' gradient, whose rounding errors would otherwise be multiplied by |r_i|
-where the exact gradient has |r_i - r_j|.
+of rank d + 2. Centring keeps the products small wherever the points lie. The last column is constant along a row and
+softmax does not see it; it is kept because with it the returned LSE is that of the true bias, and because it gives
+the row sums of dS to the coordinates' gradient, whose rounding errors would otherwise be multiplied by |r_i| where
+the exact gradient has |r_i - r_j|.
 
 Each operation of torch costs an eager call a launch: there are few, and points that attend to themselves, the usual
 case, are looked at once.
@@ -71,8 +71,8 @@ class SpatialDistance(Bias):
             keys = _relative(self.x_k, centre, problem.k_counts)
         weight = self.weight.float()
         weight = weight[(None,) * max(0, 2 - weight.dim())].unsqueeze(-1)  # (..., H, Nq, 1), each of them perhaps 1
-        q_factor = -weight * torch.cat((queries.points, queries.squares, queries.ones), -1)
-        k_factor = torch.cat((-2 * keys.points, keys.ones, keys.squares), -1)
+        q_factor = -weight * torch.cat((queries.points, queries.ones, queries.squares), -1)
+        k_factor = torch.cat((-2 * keys.points, keys.squares, keys.ones), -1)
         return [Rank(q_factor, k_factor)]
 
 

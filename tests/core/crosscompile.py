@@ -2,8 +2,8 @@
 
 Reads one JSON object a line, `{"arch": 90, "bias": "dense", "dtype": "bfloat16", "c": 64, ...}` with fields of
 `cases.Case`, and prints one per kernel: number of the request, tile, shared memory and spills in bytes, registers.
-`tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward, and
-what makes their columns; only the launch itself is replaced.
+`tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward,
+and what makes their columns; only the launch itself is replaced.
 """
 
 from __future__ import annotations

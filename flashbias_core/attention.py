@@ -165,26 +165,31 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three, with their batch dimensions broadcast."""
-    shapes = f"query, key and value of shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-    wanted = "(*batch, H, Nq, C), (*batch, Hkv, Nk, C) and (*batch, Hkv, Nk, Cv) where Hkv divides H"
     if min(query.dim(), key.dim(), value.dim()) < 3:
-        raise ShapeError(shapes, wanted, "add a dimension for the heads with .unsqueeze(-3)")
-    heads, kv_heads = query.shape[-3], key.shape[-3]
+        raise _misshapen(query, key, value, "add a dimension for the heads with .unsqueeze(-3)")
+    heads, n_k, c = query.shape[-3], key.shape[-2], query.shape[-1]
+    kv_heads, c_v = key.shape[-3], value.shape[-1]
     if (
-        query.shape[-1] != key.shape[-1]
-        or key.shape[-2] != value.shape[-2]
+        c != key.shape[-1]
+        or n_k != value.shape[-2]
         or kv_heads != value.shape[-3]
         or (heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0))
     ):
-        raise ShapeError(shapes, wanted, "check the order of the dimensions: heads stand before positions")
-    if not 0 < query.shape[-1] <= MAX_HEAD_DIM or not 0 < value.shape[-1] <= MAX_HEAD_DIM:
-        raise UnsupportedError(
-            f"head dimensions {query.shape[-1]} and {value.shape[-1]}", f"1 to {MAX_HEAD_DIM}", "split the heads"
-        )
+        raise _misshapen(query, key, value, "check the order of the dimensions: heads stand before positions")
+    if not 0 < c <= MAX_HEAD_DIM or not 0 < c_v <= MAX_HEAD_DIM:
+        raise UnsupportedError(f"head dimensions {c} and {c_v}", f"1 to {MAX_HEAD_DIM}", "split the heads")
     if query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         return query, key, value
     try:
         batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError as error:
-        raise ShapeError(shapes, wanted, "make the batch dimensions equal or 1") from error
+        raise _misshapen(query, key, value, "make the batch dimensions equal or 1") from error
     return tuple(tensor.expand(*batch, *tensor.shape[-3:]) for tensor in (query, key, value))  # type: ignore[return-value]
+
+
+def _misshapen(query: Tensor, key: Tensor, value: Tensor, remedy: str) -> ShapeError:
+    return ShapeError(
+        f"query, key and value of shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}",
+        "(*batch, H, Nq, C), (*batch, Hkv, Nk, C) and (*batch, Hkv, Nk, Cv) where Hkv divides H",
+        remedy,
+    )

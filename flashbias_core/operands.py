@@ -156,10 +156,11 @@ def _zero_beyond(factor: Tensor, counts: Tensor | None) -> Tensor:
 def _add_term(operands: Operands, term: Term) -> None:
     if isinstance(term, Rank):
         factors = _storage(term.q_factor), _storage(term.k_factor)
-        dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
-        q_factor, k_factor = (factor.to(dtype) for factor in factors)
-        operands.q_factor = _columns(operands.q_factor, q_factor)
-        operands.k_factor = _columns(operands.k_factor, k_factor)
+        if factors[0].dtype != factors[1].dtype:
+            dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
+            factors = factors[0].to(dtype), factors[1].to(dtype)
+        operands.q_factor = _columns(operands.q_factor, factors[0])
+        operands.k_factor = _columns(operands.k_factor, factors[1])
     elif isinstance(term, Linear):
         if operands.slopes is None:
             operands.slopes, operands.symmetric = term.slopes, term.symmetric

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +25,16 @@ _OPERANDS = (
     "Tensor? offsets, Tensor? lengths, Tensor? q_ids, Tensor? k_ids, Tensor? allowed, "
     "bool symmetric, bool causal, SymInt offset, float scale"
 )
+_TENSORS = 3 + _OPERANDS.count("Tensor")  # as many inputs of `attention`, the first ones, are tensors or None
 
 
 def _backend(query: Tensor) -> ModuleType:
-    if plan.backend(query.device) == "triton":
+    return _module(plan.backend(query.device))
+
+
+@cache
+def _module(backend: str) -> ModuleType:
+    if backend == "triton":
         from .kernels import launch
 
         return launch
@@ -101,28 +108,44 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.positions = [position for position, value in enumerate(inputs) if isinstance(value, Tensor)]
-    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*output, *(inputs[position] for position in ctx.positions))
+class _Attention(torch.autograd.Function):
+    """How gradients come back, as `torch.library.register_autograd` would have it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *inputs[:_TENSORS])
+        ctx.others = inputs[_TENSORS:]
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if grad_lse is not None:
+            # Where nothing was attended to, what made something of the LSE may well have no derivative.
+            grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)
+        wanted = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
+        gradients = attention_backward(grad_out, grad_lse, out, lse, wanted, *tensors, *ctx.others)
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):
+            results[position] = gradient if want else None
+        return tuple(results)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    inputs = list(ctx.others)
-    for position, tensor in zip(ctx.positions, tensors, strict=True):
-        inputs[position] = tensor
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if grad_lse is not None:
-        # Where nothing was attended to, what made something of the LSE may well have no derivative.
-        grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)
-    wanted = [bool(ctx.needs_input_grad[position]) for position in DIFFERENTIABLE.values()]
-    gradients = attention_backward(grad_out, grad_lse, out, lse, wanted, *inputs)
-    results: list[Tensor | None] = [None] * len(inputs)
-    for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):
-        results[position] = gradient if want else None
-    return tuple(results)
+def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention(*inputs)
+
+
+# `torch.library.register_autograd` would do the same, but asks the schema for all its arguments once for each of them:
+# as long on the host as everything else together.
+@torch.library.impl(_LIBRARY, "attention", "Autograd")
+def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs[:_TENSORS]):
+        return _Attention.apply(*inputs)
+    return _below_autograd(*inputs)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -141,7 +164,6 @@ def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> None:
     )
 
 
-torch.library.register_autograd("flashbias::attention", _backward, setup_context=_setup, lib=_LIBRARY)
 torch.library.register_autograd("flashbias::attention_backward", _refuse_double_backward, lib=_LIBRARY)
 torch.library.register_vmap("flashbias::attention", _refuse_vmap, lib=_LIBRARY)
 torch.library.register_vmap("flashbias::attention_backward", _refuse_vmap, lib=_LIBRARY)

@@ -195,7 +195,7 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
         "long": constants["LONG"],
         "bare": constants["BARE"],
     }
-    names = [f"{kind} {trait}" for trait, given in traits.items() if given]
+    names = (f"{kind} {trait}" for trait, given in traits.items() if given)
     row = next((rows[name] for name in names if name in rows), rows[kind]).split()
     if rank > 128:  # several chunks of columns need as much shared memory as a wide head
         width = max(width, 128)

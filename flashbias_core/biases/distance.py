@@ -2,17 +2,21 @@
 
 With `r` the coordinates relative to a common centre, `-w_i |r_i - r_j|^2` is the product of two thin factors,
 
-    phi_q[i] = (2 w_i r_i, -w_i, -w_i |r_i|^2)        phi_k[j] = (r_j, |r_j|^2, 1),
+    phi_q[i] = -w_i (r_i, 1, |r_i|^2)        phi_k[j] = (-2 r_j, |r_j|^2, 1),
 
 of rank d + 2. Centring keeps the products small wherever the points lie. The last column is constant along a row and
 softmax does not see it; it is kept because with it the returned LSE is that of the true bias, and because it gives
 the row sums of dS to the coordinates' gradient, whose rounding errors would otherwise be multiplied by |r_i| where
 the exact gradient has |r_i - r_j|.
+
+Each operation of torch costs an eager call a launch: there are few, and points that attend to themselves, the usual
+case, are looked at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,43 +66,50 @@ class SpatialDistance(Bias):
         check_device("weight", self.weight, problem.device)
         check_broadcast("weight", self.weight, (*problem.batch, problem.heads, problem.n_q), "(*batch, H, Nq)")
         centre = _centre(self.x_q, self.x_k, problem)
-        r_q = _relative(self.x_q, centre, problem.q_counts)
-        r_k = _relative(self.x_k, centre, problem.k_counts)
+        queries = keys = _relative(self.x_q, centre, problem.q_counts)
+        if self.x_k is not self.x_q or problem.k_counts is not problem.q_counts:
+            keys = _relative(self.x_k, centre, problem.k_counts)
         weight = self.weight.float()
         weight = weight[(None,) * max(0, 2 - weight.dim())].unsqueeze(-1)  # (..., H, Nq, 1), each of them perhaps 1
-        square_q, square_k = r_q.square().sum(-1, keepdim=True), r_k.square().sum(-1, keepdim=True)
-        q_factor = torch.cat(_expand(2 * weight * r_q, -weight, -weight * square_q), -1)
-        k_factor = torch.cat((r_k, square_k, torch.ones_like(square_k)), -1)
+        q_factor = -weight * torch.cat((queries.points, queries.ones, queries.squares), -1)
+        k_factor = torch.cat((-2 * keys.points, keys.squares, keys.ones), -1)
         return [Rank(q_factor, k_factor)]
 
 
-def _expand(*columns: Tensor) -> list[Tensor]:
-    """The columns, broadcast against each other in all but the last dimension."""
-    shape = torch.broadcast_shapes(*(column.shape[:-1] for column in columns))
-    return [column.expand(*shape, column.shape[-1]) for column in columns]
+class _Relative(NamedTuple):
+    """Coordinates `(*batch, 1, N, d)` relative to the centre in fp32, their squared lengths, and ones."""
+
+    points: Tensor
+    squares: Tensor
+    ones: Tensor
 
 
-def _relative(points: Tensor, centre: Tensor, counts: Tensor | None) -> Tensor:
-    """Coordinates `(*batch, 1, N, d)` relative to the centre in fp32; zero where a position does not count."""
+def _relative(points: Tensor, centre: Tensor, counts: Tensor | None) -> _Relative:
+    """Points relative to the centre; zero where a position does not count."""
     relative = (points - centre).float()
     if counts is not None:
         relative = torch.where(counts[..., None], relative, 0.0)
-    return relative.unsqueeze(-3)
+    relative = relative.unsqueeze(-3)
+    squares = relative.square().sum(-1, keepdim=True)
+    return _Relative(relative, squares, torch.ones_like(squares))
 
 
 def _centre(x_q: Tensor, x_k: Tensor, problem: Problem) -> Tensor:
     """The middle of the box around the points that count, `(*batch, 1, d)`. B does not depend on it: no gradient."""
-    lows, highs = [], []
-    for points, counts in ((x_q.detach(), problem.q_counts), (x_k.detach(), problem.k_counts)):
-        low = high = points
-        if counts is not None:
-            low = torch.where(counts[..., None], points, torch.inf)
-            high = torch.where(counts[..., None], points, -torch.inf)
-        if points.shape[-2] > 0:
-            lows.append(low.amin(-2, keepdim=True))
-            highs.append(high.amax(-2, keepdim=True))
-    if not lows:
+    boxes = [_box(x_q.detach(), problem.q_counts)] if x_q.shape[-2] > 0 else []
+    if x_k.shape[-2] > 0 and (x_k is not x_q or problem.k_counts is not problem.q_counts):
+        boxes.append(_box(x_k.detach(), problem.k_counts))
+    if not boxes:
         return x_q.new_zeros(())
-    low, high = (torch.minimum(*lows), torch.maximum(*highs)) if len(lows) == 2 else (lows[0], highs[0])
-    middle = (low + high) / 2
-    return torch.where(middle.isfinite(), middle, 0.0)
+    low, high = boxes[0]
+    if len(boxes) == 2:
+        low, high = torch.minimum(low, boxes[1][0]), torch.maximum(high, boxes[1][1])
+    return torch.lerp(low, high, 0.5).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _box(points: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest coordinates of the points that count, `(*batch, 1, d)` each."""
+    if counts is None:
+        return torch.aminmax(points, dim=-2, keepdim=True)
+    low, high = (torch.where(counts[..., None], points, worst) for worst in (torch.inf, -torch.inf))
+    return low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)

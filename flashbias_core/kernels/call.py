@@ -1,12 +1,21 @@
-"""One call of the operator as its kernels take it: blocks, sizes, constants, and which tiles."""
+"""One call of the operator as its kernels take it: blocks, sizes, constants, and which tiles.
+
+All that does not depend on what the tensors hold is found once for each way in which they can lie (`Frame`): an eager
+call should take the host less time than the GPU.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from flashbias import plan
 from flashbias.operands import Operands
@@ -16,105 +25,171 @@ try:
 except ImportError:  # triton 3.3 has none that the host can make
     TensorDescriptor = None
 
+from . import compiled
 from .columns import score_columns
-from .layout import Layout
+from .compiled import kind
+from .layout import Axes, Geometry, Layout, geometry
 from .terms import Block, Masks, Terms
+
+PER_HEAD = Axes(row=False, column=False)
+PER_POSITION = Axes(head=False, column=False)
+PER_BATCH = Axes(head=False, row=False, column=False)
+# The tensors that a call reads, in the order of a frame's.
+INPUTS = {"query": Axes(), "key": Axes(), "value": Axes()}
+TERMS = {
+    "q_columns": Axes(), "k_columns": Axes(), "slopes": PER_HEAD, "q_positions": PER_POSITION,
+    "k_positions": PER_POSITION, "values": Axes(),
+}  # fmt: skip
+MASKS = {
+    "offsets": PER_BATCH, "lengths": PER_BATCH, "q_ids": PER_POSITION, "k_ids": PER_POSITION, "allowed": Axes(),
+}  # fmt: skip
+AXES = INPUTS | TERMS | MASKS
+MATRICES = ("values", "allowed")
+FRAMES = 2048  # at most, each of a few kilobytes
+
+
+@dataclass
+class Frame:
+    """What calls have in common whose tensors lie in the same way.
+
+    strides: of the blocks, in the order of `AXES`; None where there is no tensor, or it has to be copied first.
+    planes: shape and strides of a dense bias as a tensor descriptor reads it; None where it does not.
+    sizes, constants: arguments of the kernels. traits: what `plan.tiles` wants to know beside.
+    compiled: kernels that were launched before, by what else their code depends on.
+    """
+
+    layout: Layout
+    strides: tuple[tuple[int, int, int, int] | None, ...]
+    planes: tuple[list[int], list[int]] | None
+    sizes: dict[str, Any]
+    constants: dict[str, Any]
+    traits: dict[str, Any]
+    compiled: dict[Hashable, CompiledKernel] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=FRAMES)
+def _frame(
+    device: torch.device,
+    scale: float,
+    offset: int,
+    symmetric: bool,
+    causal: bool,
+    folded: bool,
+    descriptors: bool,
+    values_shape: tuple[int, ...] | None,
+    *geometries: tuple[Any, ...] | None,
+) -> Frame:
+    """The frame of a call; `geometries` in the order of `AXES`, `values_shape` if their gradient is wanted.
+
+    `descriptors`: whether there are any.
+    """
+    lie = {name: Geometry(*known) for name, known in zip(AXES, geometries, strict=True) if known is not None}
+    query, key, value = (lie[name] for name in INPUTS)
+    given = {name: (known, AXES[name]) for name, known in lie.items()}
+    matrices = [given[name] for name in MATRICES if name in given]
+    if values_shape is not None:
+        # The gradient is laid out by the shape of the values, whatever their strides.
+        contiguous = torch.empty(values_shape, device="meta").stride()
+        matrices.append((Geometry(values_shape, contiguous, torch.float32, 0), Axes()))
+    heads, n_q, c = query.shape[-3:]
+    n_k, c_v = value.shape[-2:]
+    layout = Layout(query.shape[:-3], heads, [given[name] for name in given if name not in MATRICES], matrices)
+    rank = lie["k_columns"].shape[-1] if "k_columns" in lie else 0
+    sizes = {
+        "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads, "group": heads // max(key.shape[-3], 1),
+        "offset": offset, "unit": scale,
+    }  # fmt: skip
+    constants = {
+        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
+        "CHUNK": plan.chunk(rank), "FOLDED": folded, "CAUSAL": causal, "SYMMETRIC": symmetric,
+        "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), device),
+    }  # fmt: skip
+    traits = {
+        "LONG": n_k >= plan.LONG and "values" not in given,  # a dense bias takes registers too
+        "DENSE": "values" in given,
+        "ALLOWED": "allowed" in given,
+        "POSITIONS": "q_positions" in given or "q_ids" in given,
+        "SLOPES": "slopes" in given,
+        "FEW": n_q <= plan.FEW,
+    }
+    traits["BARE"] = not (causal or traits["ALLOWED"] or "q_ids" in given or traits["SLOPES"])
+    strides = {name: layout.strides(known, axes) for name, (known, axes) in given.items()}
+    planes = _planes(given["values"][0]) if descriptors and "values" in given else None
+    if planes is not None:
+        strides["values"] = _count_planes(strides["values"], planes[1][0])
+    return Frame(layout, tuple(map(strides.get, AXES)), planes, sizes, constants, constants | traits)
 
 
 @dataclass
 class Call:
     """What all kernels of one call take."""
 
+    frame: Frame
     layout: Layout
     q: Block
     k: Block
     v: Block
-    planes: Tensor | None
+    values: Tensor | None
     sizes: dict[str, Any]
     constants: dict[str, Any]
 
     @property
     def long(self) -> bool:
         """Whether rows are long, and no dense bias takes registers too."""
-        return self.sizes["n_k"] >= plan.LONG and self.sizes["terms"].matrix is None
+        return self.frame.traits["LONG"]
 
     def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
         """The tiles of a kernel for this call."""
-        terms, masks = self.sizes["terms"], self.sizes["masks"]
-        traits = {
-            "LONG": self.long,
-            "DENSE": terms.matrix is not None,
-            "ALLOWED": masks.allowed is not None,
-            "POSITIONS": terms.q_positions is not None or masks.q_ids is not None,
-            "SLOPES": terms.slopes is not None,
-            "FEW": self.sizes["n_q"] <= plan.FEW,
-        }
-        masked = self.constants["CAUSAL"] or traits["ALLOWED"] or masks.q_ids is not None
-        traits["BARE"] = not (masked or traits["SLOPES"])
-        return plan.tiles(kind, query.device, query.dtype, self.constants | traits)
+        return plan.tiles(kind, query.device, query.dtype, self.frame.traits)
 
     def descriptor(self, tiles: plan.Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
-        if self.planes is None:
+        if self.frame.planes is None:
             return None
-        return TensorDescriptor.from_tensor(self.planes, [1, tiles.block_m, tiles.block_n])
+        return TensorDescriptor(self.values, *self.frame.planes, [1, tiles.block_m, tiles.block_n])
+
+    def launch(self, kernel: Any, grid: tuple[int, int], tiles: plan.Tiles | None = None, **arguments: Any) -> None:
+        """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
+        key = (id(kernel), tiles, *map(kind, arguments.values()))
+        options = {}
+        if tiles is not None:
+            options = tiles.options()
+            arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}
+            arguments.update(self.sizes, **self.constants)
+        compiled.launch(kernel, grid, arguments, options, self.frame.compiled, key)
 
 
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, *, values_gradient: bool = False
 ) -> Call:
     """The blocks and constants of a call."""
-    heads, n_q, c = query.shape[-3:]
-    n_k, c_v = value.shape[-2:]
-    columns = None
-    if operands.q_factor is not None and operands.k_factor is not None:
-        columns = score_columns(operands.q_factor, operands.k_factor, query.dtype, scale)
     o = operands
-    q_columns, k_columns = (columns.q, columns.k) if columns else (None, None)
+    columns = None
+    if o.q_factor is not None and o.k_factor is not None:
+        columns = score_columns(o.q_factor, o.k_factor, query.dtype, scale)
     values = None if o.values is None else _aligned(o.values)
-    planes = None if values is None else _planes(values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
-    vectors = [(query, 3), (key, 3), (value, 3), (q_columns, 3), (k_columns, 3), (o.slopes, 1), (o.q_positions, 1)]
-    vectors += [(o.k_positions, 1), (o.offsets, 0), (o.lengths, 0), (o.q_ids, 1), (o.k_ids, 1)]
-    matrices = [(values, 3), (allowed, 3)]
-    if values_gradient and o.values is not None:
-        # The gradient is laid out by the shape of the values, whatever their strides.
-        matrices.append((torch.empty(o.values.shape, device="meta"), 3))
-    layout = Layout(query.shape[:-3], heads, vectors, matrices)
-
-    def block(tensor: Tensor | None, **flags: bool) -> Block | None:
-        return None if tensor is None else layout.block(tensor, **flags)
-
-    per_position = {"head": False, "row": True, "column": False}
-    per_batch = {"head": False, "row": False, "column": False}
-    terms = Terms(
-        block(q_columns),
-        block(k_columns),
-        block(o.slopes, row=False, column=False),
-        block(_positions(o.q_positions), **per_position),
-        block(_positions(o.k_positions), **per_position),
-        block(values) if values is None or planes is None else _count_planes(layout.block(values), planes),
-    )
-    masks = Masks(
-        block(o.offsets, **per_batch),
-        block(o.lengths, **per_batch),
-        block(o.q_ids, **per_position),
-        block(o.k_ids, **per_position),
-        block(allowed),
-    )
-    rank = 0 if columns is None else columns.k.shape[-1]
-    sizes = {
-        "terms": terms, "masks": masks, "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads,
-        "group": heads // max(key.shape[-3], 1), "offset": o.offset, "unit": scale,
-    }  # fmt: skip
-    constants = {
-        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
-        "CHUNK": plan.chunk(rank), "FOLDED": columns is None or columns.folded, "CAUSAL": o.causal,
-        "SYMMETRIC": o.symmetric, "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), query.device),
-    }  # fmt: skip
-    return Call(layout, layout.block(query), layout.block(key), layout.block(value), planes, sizes, constants)
+    q_columns, k_columns, folded = (columns.q, columns.k, columns.folded) if columns else (None, None, True)
+    tensors = (
+        query, key, value,
+        q_columns, k_columns, o.slopes, _positions(o.q_positions), _positions(o.k_positions), values,
+        o.offsets, o.lengths, o.q_ids, o.k_ids, allowed,
+    )  # fmt: skip
+    frame = _frame(
+        query.device, scale, o.offset, o.symmetric, o.causal, folded, plan.has_descriptors(query.device),
+        o.values.shape if values_gradient and o.values is not None else None,
+        *[None if tensor is None else geometry(tensor) for tensor in tensors],
+    )  # fmt: skip
+    blocks: list[Any] = [
+        None if tensor is None else Block(tensor, strides) if strides else frame.layout.block(tensor, axes)
+        for tensor, strides, axes in zip(tensors, frame.strides, AXES.values(), strict=True)
+    ]
+    q, k, v = blocks[: len(INPUTS)]
+    terms = Terms(*blocks[len(INPUTS) : -len(MASKS)])
+    sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
+    return Call(frame, frame.layout, q, k, v, values, sizes, frame.constants)
 
 
 def _positions(positions: Tensor | None) -> Tensor | None:
@@ -127,30 +202,40 @@ def _positions(positions: Tensor | None) -> Tensor | None:
 def _aligned(values: Tensor) -> Tensor:
     """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower.
 
-    What was expanded in batch or heads is taken back to size 1.
+    A single row, at multiples of 16 entries: triton compiles strides that are no such multiples anew. What was expanded
+    in batch or heads is taken back to size 1.
     """
     for dim in range(values.dim() - 2):
         if values.stride(dim) == 0:
             values = values.narrow(dim, 0, 1)
-    step = 16 // values.element_size()
-    strides = [stride for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True) if size > 1]
-    if values.stride(-1) == 1 and values.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
+    step = 16 if values.shape[-2] == 1 else 16 // values.element_size()
+    if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
         return values
     n_k = values.shape[-1]
     padded = values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k]
     return padded.copy_(values)
 
 
-def _planes(values: Tensor) -> Tensor | None:
-    """Values as a stack of planes `(planes, rows, columns)`, where a tensor descriptor can read them; else None."""
-    if values.shape[-2] == 1 or not plan.has_descriptors(values.device):
+@lru_cache(maxsize=FRAMES)
+def _in_steps(shape: tuple[int, ...], stride: tuple[int, ...], step: int) -> bool:
+    """Whether columns are contiguous, and other strides multiples of `step`."""
+    others = zip(shape[:-1], stride[:-1], strict=True)
+    return stride[-1] == 1 and all(size == 1 or stride % step == 0 for size, stride in others)
+
+
+def _planes(values: Geometry) -> tuple[list[int], list[int]] | None:
+    """Shape and strides of values as a stack of planes `(planes, rows, columns)`, where they are one; else None."""
+    *outer, (n_q, row), (n_k, column) = zip(values.shape, values.stride, strict=True)
+    outer = [(size, stride) for size, stride in outer if size != 1]
+    in_line = all(left == size * right for (_, left), (size, right) in pairwise(outer))
+    if n_q == 1 or not in_line:
         return None
-    planes = values.flatten(0, -3) if values.dim() > 2 else values[None]
-    in_place = planes.data_ptr() == values.data_ptr()  # batch dimensions that do not lie in one line are copied
-    return planes if in_place else None
+    plane = outer[-1][1] if outer else n_q * row
+    return [prod(size for size, _ in outer), n_q, n_k], [plane, row, column]
 
 
-def _count_planes(values: Block, planes: Tensor) -> Block:
-    """The block of values with strides in planes; rows and columns are the descriptor's."""
-    outer, inner, head, _ = (stride // max(planes.stride(0), 1) for stride in values.stride)
-    return Block(values.ptr, (outer, inner, head, 0))
+def _count_planes(strides: tuple[int, int, int, int] | None, plane: int) -> tuple[int, int, int, int]:
+    """Strides of values in planes; rows and columns are the descriptor's."""
+    assert strides is not None  # since they were not copied
+    outer, inner, head, _ = (stride // max(plane, 1) for stride in strides)
+    return outer, inner, head, 0

@@ -29,21 +29,22 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    call = prepare(query, key, value, operands, scale)
-    tiles = call.tiles("forward", query)
-    programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
-    splits = plan.key_splits(programs, key.shape[-2], query.device)
-    parts = out, lse
-    if splits > 1:
-        parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
     with _on(query):
-        forward_kernel[(programs, splits)](
-            call.q, call.k, call.v, *parts, tiles=call.descriptor(tiles), n_splits=splits,
-            LONG=call.long, IN_PARTS=splits > 1, **call.sizes, **call.constants, **tiles.options(),
+        call = prepare(query, key, value, operands, scale)
+        tiles = call.tiles("forward", query)
+        programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
+        splits = plan.key_splits(programs, key.shape[-2], query.device)
+        parts = out, lse
+        if splits > 1:
+            parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
+        call.launch(
+            forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits, LONG=call.long,
+            IN_PARTS=splits > 1,
         )  # fmt: skip
         if splits > 1:
-            combine_kernel[(lse.numel(),)](
-                *parts, out, lse, splits, C_V=value.shape[-1], WIDTH_V=call.constants["WIDTH_V"],
+            call.launch(
+                combine_kernel, (lse.numel(), 1), out_parts=parts[0], lse_parts=parts[1], out=out, lse=lse,
+                n_splits=splits, C_V=value.shape[-1], WIDTH_V=call.constants["WIDTH_V"],
                 BLOCK=1 << (splits - 1).bit_length(),
             )  # fmt: skip
     return out, lse
@@ -65,22 +66,23 @@ def backward(
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     if out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
-    call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel()
     delta = torch.empty_like(lse)
     low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
     level = torch.empty_like(lse)
-    statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
     better = low is not None or "slopes" in names or (inexact and bool(names & {"q_factor", "k_factor"}))
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
-        delta_kernel[(plan.cdiv(query.shape[-2], DELTA_ROWS) * rows,)](
-            statistics["d_out"], d_lse, call.layout.block(out), lse, delta, level,
-            query.shape[-2], call.layout.inner, query.shape[-3], scale, C_V=out.shape[-1],
+        call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
+        statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
+        call.launch(
+            delta_kernel, (plan.cdiv(query.shape[-2], DELTA_ROWS) * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
+            out=call.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
+            n_inner=call.layout.inner, n_heads=query.shape[-3], unit=scale, C_V=out.shape[-1],
             WIDTH_V=call.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
         # First the queries' side, which improves the statistics for the others where their gradients need it.
@@ -107,18 +109,18 @@ def _query_side(
     parts = []
     for start, stop in _slices(side):
         parts.append(query.new_empty((*query.shape[:-1], stop - start), dtype=torch.float32))
-        queries_kernel[(plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(),)](
-            call.q, call.k, call.v, **made, d_lse=d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
-            gradient_columns=_block(side, start, stop, call), tiles=call.descriptor(tiles),
-            GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
-            **statistics, **call.sizes, **call.constants, **tiles.options(),
+        call.launch(
+            queries_kernel, (plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(), 1), tiles, **made,
+            d_lse=d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
+            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
+            **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
     slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
     return {
         "query": d_query,
         "slopes": slopes,
-        "q_factor": None if side is None else side.combine(torch.cat(parts, -1)),
+        "q_factor": None if side is None else side.combine(_joined(parts)),
     }
 
 
@@ -135,14 +137,14 @@ def _key_side(
     parts = []
     for start, stop in _slices(side):
         parts.append(query.new_empty((*query.shape[:-2], key.shape[-2], stop - start), dtype=torch.float32))
-        keys_kernel[(plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(),)](
-            call.q, call.k, call.v, **made, d_columns=parts[-1] if stop else None,
-            gradient_columns=_block(side, start, stop, call), tiles=call.descriptor(tiles),
-            GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
-            **statistics, **call.sizes, **call.constants, **tiles.options(),
+        call.launch(
+            keys_kernel, (plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(), 1), tiles, **made,
+            d_columns=parts[-1] if stop else None,
+            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
+            **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
-    return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(torch.cat(parts, -1))}
+    return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(_joined(parts))}
 
 
 def _columns(factor: Tensor | None, query: Tensor, tiles: plan.Tiles) -> GradientColumns | None:
@@ -158,6 +160,10 @@ def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> B
     return None if side is None else call.layout.block(side.columns[..., start:stop])
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def _is_split(side: GradientColumns | None) -> bool:
     return side is not None and side.parts == 2
 
@@ -168,17 +174,15 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     own = layout.sizes(values)
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
     one_row = values.shape[-2] == 1 and n_q > 1
-    constants = call.constants | {"ONE_ROW": one_row}
     tiles = call.tiles("values", query)
     n_m, n_n = plan.cdiv(n_q, tiles.block_m), plan.cdiv(n_k, tiles.block_n)
     programs = math.prod(own) * n_n * (1 if one_row else n_m)
     members = math.prod(shared) * (n_m if one_row else 1)
     splits = plan.splits(programs, members, query.device)
     planes = query.new_empty((splits, *own, values.shape[-2], n_k), dtype=torch.float32)
-    values_kernel[(programs * splits,)](
-        call.q, call.k, call.v, d_values=planes, n_outer_shared=shared[0], n_inner_shared=shared[1],
-        n_heads_shared=shared[2], n_splits=splits, tiles=call.descriptor(tiles), **statistics, **call.sizes,
-        **constants, **tiles.options(),
+    call.launch(
+        values_kernel, (programs * splits, 1), tiles, d_values=planes, n_outer_shared=shared[0],
+        n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, ONE_ROW=one_row, **statistics,
     )  # fmt: skip
     return planes.sum(0).reshape(values.shape)
 

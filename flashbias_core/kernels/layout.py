@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,28 @@ from torch import Tensor
 from flashbias.errors import UnsupportedError
 
 from .terms import Block
+
+
+class Geometry(NamedTuple):
+    """All of a tensor that the way to launch a kernel can depend on; `place` is its address modulo 16 bytes."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    place: int
+
+
+def geometry(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory: the fields of a `Geometry`, since to make one takes longer than to find them."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
+
+
+class Axes(NamedTuple):
+    """Which dimensions a tensor has behind those of the batch."""
+
+    head: bool = True
+    row: bool = True
+    column: bool = True
 
 
 class Layout:
@@ -23,7 +47,7 @@ class Layout:
     Args:
         batch: the batch dimensions of the scores.
         heads: the number of query heads.
-        vectors: tensors that may be copied where they do not fold, `(*batch, ...)` with `trailing` other dimensions.
+        vectors: tensors that may be copied where they do not fold, `(*batch, ...)` with the dimensions of their axes.
         matrices: those that may not, since they grow with N^2.
 
     Raises:
@@ -34,20 +58,21 @@ class Layout:
         self,
         batch: Sequence[int],
         heads: int,
-        vectors: Sequence[tuple[Tensor | None, int]],
-        matrices: Sequence[tuple[Tensor | None, int]],
+        vectors: Sequence[tuple[Geometry, Axes]],
+        matrices: Sequence[tuple[Geometry, Axes]],
     ) -> None:
         self.batch, self.heads = tuple(batch), heads
         self.split = max(len(self.batch) - 1, 0)
         if len(self.batch) > 2:
             self.split = self._fold(vectors, matrices)
         self.outer, self.inner = prod(self.batch[: self.split]), prod(self.batch[self.split :])
+        self.strides = lru_cache(maxsize=64)(self._strides)
 
-    def _fold(self, vectors: Sequence[tuple[Tensor | None, int]], matrices: Sequence[tuple[Tensor | None, int]]) -> int:
+    def _fold(self, vectors: Sequence[tuple[Geometry, Axes]], matrices: Sequence[tuple[Geometry, Axes]]) -> int:
         """The place between batch dimensions before which they fold into `outer`, and behind it into `inner`."""
-        splits = self._splits(vectors) | self._splits(matrices)
+        fixed = set().union(*(self._breaks(self._steps(*matrix)) for matrix in matrices))
+        splits = fixed.union(*(self._breaks(self._steps(*vector)) for vector in vectors))
         if len(splits) > 1:
-            fixed = self._splits(matrices)
             if len(fixed) > 1:
                 raise UnsupportedError(
                     f"values or a mask over pairs that broadcast over batch dimensions {self.batch} in a pattern of "
@@ -58,36 +83,44 @@ class Layout:
             splits = fixed or {min(splits)}
         return min(splits, default=0)
 
-    def _splits(self, tensors: Sequence[tuple[Tensor | None, int]]) -> set[int]:
+    def _steps(self, known: Geometry, axes: Axes) -> list[int]:
+        """Strides over all dimensions `(*batch, ...)`; zero over those that broadcast: missing, or of size 1."""
+        steps = [0 if size == 1 else stride for size, stride in zip(known.shape, known.stride, strict=True)]
+        return [0] * (len(self.batch) + sum(axes) - len(steps)) + steps
+
+    def _breaks(self, steps: Sequence[int]) -> set[int]:
         """The places between batch dimensions that may not be folded."""
-        splits = set()
-        for tensor, trailing in tensors:
-            if tensor is None:
-                continue
-            strides = self._expanded(tensor, trailing).stride()
-            sizes = [(d, size) for d, size in enumerate(self.batch) if size != 1]
-            for (left, _), (right, size) in pairwise(sizes):
-                if strides[left] != strides[right] * size:
-                    splits.add(right)
-        return splits
+        sizes = [(d, size) for d, size in enumerate(self.batch) if size != 1]
+        return {right for (left, _), (right, size) in pairwise(sizes) if steps[left] != steps[right] * size}
 
-    def _expanded(self, tensor: Tensor, trailing: int) -> Tensor:
-        """`tensor` as `(*batch, ...)` with its `trailing` dimensions, of which leading ones may have been missing."""
-        tensor = tensor[(None,) * (trailing - tensor.dim())]
-        return tensor.expand((*self.batch, *tensor.shape[tensor.dim() - trailing :]))
+    def _strides(self, known: Geometry, axes: Axes) -> tuple[int, int, int, int] | None:
+        """Strides over outer batch, inner batch, head and row; None where the tensor has to be copied first."""
+        if axes.column and known.stride[-1] != 1 and known.shape[-1] > 1:
+            return None
+        steps = self._steps(known, axes)
+        if self._breaks(steps) - {self.split}:
+            return None
+        dims = range(len(self.batch))
+        outer, inner = (
+            next((steps[d] for d in reversed(part) if self.batch[d] != 1), 0)
+            for part in (dims[: self.split], dims[self.split :])
+        )
+        rest = iter(steps[len(self.batch) :])
+        return outer, inner, next(rest) if axes.head else 0, next(rest) if axes.row else 0
 
-    def block(self, tensor: Tensor, *, head: bool = True, row: bool = True, column: bool = True) -> Block:
-        """The block of a tensor `(*batch, H, rows, columns)`; the flags say which of these it has."""
-        trailing = head + row + column
-        if column and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    def block(self, tensor: Tensor, axes: Axes = Axes()) -> Block:  # noqa: B008 - it cannot be changed
+        """The block of a tensor, copied where it has to be."""
+        strides = self.strides(Geometry(*geometry(tensor)), axes)
+        if strides is None:
             tensor = tensor.contiguous()
-        if len(self.batch) > 2:
-            tensor = self._expanded(tensor, trailing)
-            tensor = tensor.reshape((self.outer, self.inner, *tensor.shape[len(self.batch) :]))
-        # Dimensions that are missing, or of size 1, broadcast: a stride of zero.
-        strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        strides = [0] * (2 + trailing - len(strides)) + strides
-        return Block(tensor, (strides[0], strides[1], strides[2] if head else 0, strides[2 + head] if row else 0))
+            strides = self.strides(Geometry(*geometry(tensor)), axes)
+        if strides is None:  # broadcast over some of the dimensions that fold
+            trailing = sum(axes)
+            tensor = tensor[(None,) * (trailing - tensor.dim())]
+            tensor = tensor.expand((*self.batch, *tensor.shape[tensor.dim() - trailing :])).contiguous()
+            strides = self.strides(Geometry(*geometry(tensor)), axes)
+        assert strides is not None
+        return Block(tensor, strides)
 
     def sizes(self, tensor: Tensor) -> tuple[int, int, int]:
         """The sizes that `tensor`, `(*batch, H, rows, columns)`, itself has in outer batch, inner batch and heads."""

@@ -2,8 +2,8 @@
 
 Reads one JSON object a line, `{"arch": 90, "bias": "dense", "dtype": "bfloat16", "c": 64, ...}` with fields of
 `cases.Case`, and prints one per kernel: number of the request, tile, shared memory and spills in bytes, registers.
-`tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward;
-only the launch itself is replaced.
+`tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward,
+and what makes their columns; only the launch itself is replaced.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashbias import biased_attention, plan
-from flashbias.kernels import launch
+from flashbias.kernels import columns, launch
 
 KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel")
+COLUMNS = ("largest_kernel", "score_columns_kernel", "gradient_columns_kernel")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.float64: "fp64",
@@ -117,23 +118,24 @@ def resources(cubin: bytes, ptx: str) -> tuple[int, int]:
 def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Reports of all kernels that `run()` would launch on a device of that architecture."""
     reports: list[dict[str, Any]] = []
-    kept = {name: getattr(launch, name) for name in KERNELS}
+    places = [(launch, name) for name in KERNELS] + [(columns, name) for name in COLUMNS]
+    kept = {(module, name): getattr(module, name) for module, name in places}
     kept_tiles, kept_backend = plan.tiles, plan.backend
     kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6
 
     def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
         return plan.select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
 
-    for name, kernel in kept.items():
-        setattr(launch, name, Recorder(kernel, arch, reports))
+    for (module, name), kernel in kept.items():
+        setattr(module, name, Recorder(kernel, arch, reports))
     plan.tiles, plan.backend = tiles, lambda device: "triton"
     plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
     plan.has_bf16x6 = lambda device: kept_bf16x6(torch.device("cuda"))
     try:
         run()
     finally:
-        for name, kernel in kept.items():
-            setattr(launch, name, kernel)
+        for (module, name), kernel in kept.items():
+            setattr(module, name, kernel)
         plan.tiles, plan.backend = kept_tiles, kept_backend
         plan.has_descriptors, plan.has_bf16x6 = kept_descriptors, kept_bf16x6
     return reports

@@ -357,6 +357,24 @@ def test_points_in_double_are_centred_in_double(place: str) -> None:
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mask", [None, "queries", "keys"])
+def test_points_that_attend_to_themselves(mask: str | None, place: str) -> None:
+    """The same tensor on both sides: looked at once, but where a mask counts them differently; all of its gradient."""
+    n, strange = 17, 7
+    leaves = qkv(n, n, place)
+    leaves |= {"x": torch.rand(2, n, 3, device=place) + 100, "weight": torch.randn(2, n, device=place)}
+    leaves["x"][:, strange] += 3
+    ids = {side: torch.zeros(n, dtype=torch.int32, device=place) for side in ("queries", "keys")}
+    if mask:
+        ids[mask][strange] = -1
+
+    def attend(attention: Any, t: dict[str, Tensor]) -> Any:
+        bias = SpatialDistance(t["x"], t["x"], t["weight"])
+        return attention(t["query"], t["key"], t["value"], bias, mask=Segments(ids["queries"], ids["keys"]))
+
+    compare(attend, leaves)
+
+
 # Biases of somebody else.
 
 

@@ -1,0 +1,161 @@
+"""What is kept from one call for the next, and that it confuses none."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from flashbias import ALiBi, Causal, DenseBias, FactoredBias, KeyPadding, biased_attention, reference
+from flashbias.kernels import call, compiled
+from flashbias.kernels.terms import Block
+
+N, HEADS, C = 20, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+
+
+def tensors(device: str) -> dict[str, Tensor]:
+    made = {name: torch.randn(2, HEADS, N, C, device=device) for name in ("query", "key", "value")}
+    return made | {"values": torch.randn(HEADS, N, N, device=device), "slopes": torch.rand(HEADS, device=device)}
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _askew(x: Tensor) -> Tensor:
+    """At an address that is no multiple of 16 bytes."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+# Calls of the same shapes that differ in one thing each.
+CALLS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "plain": lambda t: {},
+    "strides": lambda t: {"query": _transposed(t["query"]), "value": _transposed(t["value"])},
+    "address": lambda t: {"query": _askew(t["query"]), "key": _askew(t["key"])},
+    "broadcast": lambda t: {"key": t["key"][:1].expand(2, -1, -1, -1)},
+    "dtype": lambda t: {name: t[name].half() for name in ("query", "key", "value")},
+    "scale": lambda t: {"scale": 0.5},
+    "causal": lambda t: {"is_causal": True},
+    "offset": lambda t: {"mask": Causal(3)},
+    "offsets": lambda t: {"mask": Causal(torch.tensor([3, 5], device=t["query"].device))},
+    "lengths": lambda t: {"mask": KeyPadding(torch.tensor([3, N], device=t["query"].device))},
+    "longer": lambda t: {"mask": KeyPadding(torch.tensor([N, 7], device=t["query"].device))},
+    "allowed": lambda t: {"mask": t["values"] > 0},
+    "slopes": lambda t: {"bias": ALiBi(t["slopes"])},
+    "symmetric": lambda t: {"bias": ALiBi(t["slopes"], symmetric=True)},
+    "dense": lambda t: {"bias": DenseBias(t["values"])},
+    "row": lambda t: {"bias": DenseBias(t["values"][:, :1])},
+    "one head": lambda t: {"bias": DenseBias(t["values"][:1])},
+    "half": lambda t: {"bias": DenseBias(t["values"].half())},
+    "repeated row": lambda t: {"bias": DenseBias(t["values"][:1, :1].expand(HEADS, N, N))},
+    "columns first": lambda t: {"bias": DenseBias(t["values"].mT)},
+    "rows apart": lambda t: {"bias": DenseBias(t["values"].repeat_interleave(2, -2)[:, ::2])},
+    "heads swapped": lambda t: {"bias": DenseBias(torch.stack([t["values"]] * 2, 1).transpose(0, 1))},
+    "factors": lambda t: {"bias": FactoredBias(t["query"][0], t["key"][0])},
+    "narrow factors": lambda t: {"bias": FactoredBias(t["query"][0, ..., :5], t["key"][0, ..., :5])},
+}
+
+
+def run(changed: dict[str, Any], t: dict[str, Tensor], attention: Callable[..., Any]) -> tuple[Tensor, ...]:
+    """Output and gradients of query, key and value."""
+    arguments = {name: t[name] for name in ("query", "key", "value")} | changed
+    leaves = [arguments.pop(name).detach().requires_grad_() for name in ("query", "key", "value")]
+    bias = arguments.pop("bias", None)
+    out = attention(*leaves, bias, **arguments)
+    out = out[0] if isinstance(out, tuple) else out
+    return out, *torch.autograd.grad(out.double().square().sum(), leaves)
+
+
+def test_calls_that_differ_in_one_thing(device: str) -> None:
+    """One after the other, and again in the other order, when all of them are known."""
+    t = tensors(device)
+    calls = {name: change(t) for name, change in CALLS.items()}
+    truths = {name: run(changed, t, reference) for name, changed in calls.items()}
+    for name in (*calls, *reversed(calls)):
+        tolerance = 2e-2 if name == "dtype" else 1e-3
+        for result, truth in zip(run(calls[name], t, biased_attention), truths[name], strict=True):
+            torch.testing.assert_close(result.double(), truth.double(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_what_is_kept_holds_no_tensors(device: str) -> None:
+    call._frame.cache_clear()
+    t = tensors(device)
+    held = [weakref.ref(tensor) for tensor in t.values()]
+    bias = ALiBi(t["slopes"]) + DenseBias(t["values"]) + FactoredBias(t["query"][0], t["key"][0])
+    out = biased_attention(t["query"], t["key"], t["value"], bias)
+    held.append(weakref.ref(out))
+    assert call._frame.cache_info().currsize == 1
+    del t, bias, out
+    gc.collect()
+    assert not any(reference() for reference in held)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    assert call._frame.cache_info().maxsize == call.FRAMES
+
+
+def test_a_length_is_found_once(device: str) -> None:
+    t = tensors(device)
+    call._frame.cache_clear()
+    for _ in range(3):
+        biased_attention(t["query"], t["key"], t["value"])
+    assert call._frame.cache_info().misses == 1
+
+
+class Kernel:
+    """Stands in for a kernel that triton compiles: notes how it was launched."""
+
+    arg_names = ("x", "n", "SIZE")
+
+    def __init__(self) -> None:
+        self.searched: list[dict[str, Any]] = []
+        self.known: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., CompiledKernel]:
+        kernel = self
+
+        class Compiled(CompiledKernel):
+            module = None
+
+            def __init__(self) -> None:
+                """There is no code."""
+
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda *arguments: kernel.known.append((grid, *arguments))
+
+        def search(**arguments: Any) -> CompiledKernel:
+            self.searched.append(arguments)
+            return Compiled()
+
+        return search
+
+
+def test_a_known_kernel_is_launched_by_position() -> None:
+    kernel, known = Kernel(), {}
+    for n in (5, 6):
+        arguments = {"n": n, "x": "a tensor"}
+        compiled.launch(kernel, (n, 2), arguments, {"SIZE": 16, "num_warps": 4}, known, "key")
+    assert kernel.searched == [{"n": 5, "x": "a tensor", "SIZE": 16, "num_warps": 4}]
+    assert kernel.known == [((6, 2, 1), "a tensor", 6, 16)]
+
+
+def test_another_kind_of_argument_is_another_key() -> None:
+    x = torch.zeros(9)
+    block = Block(x, (1, 2, 3, 4))
+    different = [
+        x, x.double(), x[1:], None, 16, 17, 1.5, (x, x), (x, None), block, Block(x[1:], block.stride),
+        Block(x, (1, 2, 3, 5)),
+    ]  # fmt: skip
+    assert len({compiled.kind(argument) for argument in different}) == len(different)
+    assert compiled.kind(x) == compiled.kind(x[4:])

@@ -52,7 +52,7 @@ def forward_kernel(
     EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     # Softmax does not see what is constant along a row: where nothing but the keys' order counts, distances are those
     # to the tile's first row, and the part that a tile's entries have in common is not added to each of them.
-    FAR: tl.constexpr = terms.slopes is not None and terms.q_positions is None and not SYMMETRIC
+    FAR: tl.constexpr = (terms.slopes is not None and terms.q_positions is None) and not SYMMETRIC
     slope = 0.0
     ahead = 0.0
     if FAR:

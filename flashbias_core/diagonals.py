@@ -27,17 +27,19 @@ def sum_diagonals(matrix: Tensor) -> Tensor:
     return lines.unflatten(-1, (rows, rows + columns - 1)).sum(-2)
 
 
-def fold(sums: Tensor, first: Tensor, size: int) -> Tensor:
+def fold(sums: Tensor, first: int | Tensor, size: int) -> Tensor:
     """The gradient `(..., size)` of a table by clamped distance, from sums `(..., X)` along its diagonals.
 
     `first` `(...)` is the distance of the first sum; the others follow. Nothing is added by atomics.
     """
     reach, number = size // 2, sums.shape[-1]
-    place = torch.arange(size, device=sums.device) - reach - first[..., None]
+    if isinstance(first, Tensor):
+        first = first[..., None]
+    place = torch.arange(size, device=sums.device) - reach - first
     place = place[(None,) * (sums.dim() - place.dim())]
     inside = (place >= 0) & (place < number)
     gradient = torch.where(inside, torch.take_along_dim(sums, place.clamp(0, number - 1), -1), 0.0)
-    distance = first[..., None] + torch.arange(number, device=sums.device)
+    distance = torch.arange(number, device=sums.device) + first
     gradient[..., 0] += torch.where(distance < -reach, sums, 0.0).sum(-1)
     gradient[..., -1] += torch.where(distance > reach, sums, 0.0).sum(-1)
     return gradient

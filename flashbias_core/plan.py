@@ -84,7 +84,7 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
     `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), LONG (`LONG` keys or
-    more), DENSE (a dense bias), ALLOWED (a boolean mask), POSITIONS (given ones, or ids of segments), SLOPES, and BARE
+    more), DENSE (a dense bias), ALLOWED (a boolean mask), TABLE (one by distance), POSITIONS (given ones, or ids of segments), SLOPES, and BARE
     (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
@@ -180,7 +180,7 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
     rows = TILES[family] if itemsize < 4 else TILES.get(f"{family} fp32", TILES["fp32"])
     width, rank = max(constants["WIDTH"], constants["WIDTH_V"]), constants["RANK"]
-    wide, pairs = rank > (32 if width <= 128 else 0), constants["DENSE"] or constants["ALLOWED"]
+    wide, pairs = rank > (32 if width <= 128 else 0), constants["DENSE"] or constants["ALLOWED"] or constants["TABLE"]
     traits = {
         "few pairs": constants["FEW"] and (wide or pairs),
         "few": constants["FEW"],

@@ -47,6 +47,7 @@ class Call:
             "ALLOWED": masks.allowed is not None,
             "POSITIONS": terms.q_positions is not None or masks.q_ids is not None,
             "SLOPES": terms.slopes is not None,
+            "TABLE": terms.table is not None,
             "FEW": self.sizes["n_q"] <= plan.FEW,
         }
         masked = self.constants["CAUSAL"] or traits["ALLOWED"] or masks.q_ids is not None
@@ -77,6 +78,7 @@ def prepare(
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = allowed.contiguous()
     vectors = [(query, 3), (key, 3), (value, 3), (q_columns, 3), (k_columns, 3), (o.slopes, 1), (o.q_positions, 1)]
+    vectors += [(o.table, 2)]
     vectors += [(o.k_positions, 1), (o.offsets, 0), (o.lengths, 0), (o.q_ids, 1), (o.k_ids, 1)]
     matrices = [(values, 3), (allowed, 3)]
     if values_gradient and o.values is not None:
@@ -96,6 +98,8 @@ def prepare(
         block(_positions(o.q_positions), **per_position),
         block(_positions(o.k_positions), **per_position),
         block(values) if values is None or planes is None else _count_planes(layout.block(values), planes),
+        block(o.table, row=False),
+        None if o.table is None else o.table.shape[-1] // 2,
     )
     masks = Masks(
         block(o.offsets, **per_batch),

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from flashbias import biased_attention, plan
 from flashbias.kernels import launch
 
-KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel")
+KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel", "table_kernel")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.float64: "fp64",

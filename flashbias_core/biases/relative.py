@@ -17,15 +17,14 @@ from .base import Bias
 class RelativePositionBias(Bias):
     """`B_ij = table[..., clamp(p_j - p_i, -(D - 1), D - 1) + D - 1]`, for any length.
 
-    Positions are ALiBi's: `p_j = j` and `p_i = i + offset`, where offset is that of the causal mask (`Nk - Nq` unless it
-    says otherwise; also a tensor, one for each element of the batch), so that the last query stands at the last key.
-    Entry D - 1 is that of distance 0, those behind it of keys to come; the first and the last serve all that is farther.
-    T5's buckets are a table of `D = max_distance + 1`, expanded. Neither memory nor, beyond D, time for the table grows
-    with the square of the length.
+    Positions are ALiBi's: `p_j = j` and `p_i = i + offset`, where offset is that of the causal mask (`Nk - Nq` unless
+    it says otherwise; also a tensor, one for each element of the batch), so that the last query stands at the last
+    key. Entry `D - 1` is that of distance 0, behind it stand those of keys to come; the first and the last entry serve
+    all that is farther. T5's buckets, expanded, are a table of `D = max_distance + 1`.
 
     Args:
-        table: `(H, 2 D - 1)` or `(*batch, H, 2 D - 1)`, batch and head dimensions broadcast, any floating dtype, used in
-            fp32. Differentiable; the gradient is summed in a fixed order, without atomics.
+        table: `(H, 2 D - 1)` or `(*batch, H, 2 D - 1)`, batch and head dimensions broadcast, any floating dtype, used
+            in fp32. Differentiable; the gradient is summed in a fixed order, without atomics.
 
     Raises:
         ShapeError, DtypeError: for a table that cannot be used.

@@ -118,8 +118,8 @@ def add_product(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.const
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
-    q, k, v, d_out, level, delta, low, d_lse, d_query, d_columns, d_slopes, d_far, gradient_columns, terms, masks, tiles,
-    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    q, k, v, d_out, level, delta, low, d_lse, d_query, d_columns, d_slopes, d_far, gradient_columns, terms, masks,
+    tiles, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     EXCESS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,

@@ -77,7 +77,9 @@ def backward(
     level = torch.empty_like(lse)
     statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
-    better = low is not None or bool(names & {"slopes", "table"}) or (inexact and bool(names & {"q_factor", "k_factor"}))
+    better = (
+        low is not None or bool(names & {"slopes", "table"}) or (inexact and bool(names & {"q_factor", "k_factor"}))
+    )
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         delta_kernel[(plan.cdiv(query.shape[-2], DELTA_ROWS) * rows,)](

@@ -26,7 +26,7 @@ def table_kernel(
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dS near the table's distances, `[BAND, width]` from column `start` on, summed over bands and `n_*_shared` members.
+    """dS near the table's distances, `[BAND, width]` from column `start` on, summed over bands and shared members.
 
     A program sums one of `n_splits` parts of them for one tile. Offsets in a tensor are never shared.
     """
@@ -35,7 +35,7 @@ def table_kernel(
     i_rest = tl.program_id(0) // n_n
     i_m, i_rest = i_rest % n_m, i_rest // n_m
     i_split, i_own = i_rest % n_splits, i_rest // n_splits
-    o_o, o_i, o_h = member(i_own, 0, n_inner_shared, n_heads_shared, n_inner, n_heads)
+    o_o, o_i, _ = member(i_own, 0, n_inner_shared, n_heads_shared, n_inner, n_heads)
     first_row = i_m * BLOCK_M
     first_column, near_end = near_keys(n_q, 0, terms.reach, diagonal(masks, o_o, o_i, offset))
     first_column += start + i_n * BLOCK_N

@@ -42,10 +42,13 @@ class Compilation(Case):
         """Bytes that a thread may spill where no tile is small enough to avoid it.
 
         Products of fp32 keep whole rows in registers, in three parts; so do gradients of factors at head dim 256.
+        In fp32 a table's branch needs a few more than there are.
         """
         c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
         if self.dtype == torch.float32 and c > 64:
             return float("inf")
+        if "table" in self.bias and self.dtype == torch.float32 and c > 32:
+            return 64
         return 64 if factored and c > (32 if self.dtype == torch.float32 else 128) else 0
 
 
@@ -60,6 +63,7 @@ BIASES: list[dict[str, Any]] = [
     {"bias": "dense"},
     {"bias": "alibi_symmetric"},
     {"bias": "alibi_positions"},
+    {"bias": "table"},
 ]
 MASKS = [{"mask": mask} for mask in ("none", "causal", "segments", "allowed")]
 # The axes of the full product that the pairs leave out.

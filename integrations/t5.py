@@ -37,7 +37,8 @@ def create_causal_mask(
     config: Any, attention_mask: Any, past_key_values: Any, cache_position: Any = None, **others: Any
 ) -> Any:
     """The function of that name in a model's module: a `Positions` in place of the mask."""
-    if language_models.leaves("t5", config._attn_implementation, attention_mask):
+    tokens = _tokens(attention_mask, past_key_values)
+    if language_models.leaves("t5", config._attn_implementation, tokens):
         from transformers import masking_utils
 
         if cache_position is not None:
@@ -47,8 +48,8 @@ def create_causal_mask(
         )
     inputs = _inputs(others)
     if cache_position is not None:
-        return Positions.with_older_cache(inputs, attention_mask, past_key_values, cache_position)
-    return Positions.with_cache(inputs, attention_mask, past_key_values)
+        return Positions.with_older_cache(inputs, tokens, past_key_values, cache_position)
+    return Positions.with_cache(inputs, tokens, past_key_values)
 
 
 def create_bidirectional_mask(
@@ -66,6 +67,15 @@ def create_bidirectional_mask(
     return Positions.place(inputs.shape[1], keys.shape[1], None, attention_mask, inputs.device)
 
 
+def _tokens(mask: Any, cache: Any) -> Any:
+    """A mask `(B, Nk)` in place of `(B, 1, 1, Nk)`, which `generate()` makes ahead where a cache is static."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] * mask.shape[2] != 1:
+        return mask
+    if not getattr(cache, "is_compileable", False):
+        return mask
+    return mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+
+
 def _inputs(options: dict[str, Any]) -> Tensor:
     return options["inputs_embeds"] if "inputs_embeds" in options else options["input_embeds"]
 
@@ -75,10 +85,11 @@ def update_causal_mask(
     **options: Any,
 ) -> Any:  # fmt: skip
     """`_update_causal_mask` of a stack, in older versions: a `Positions` in place of the mask."""
-    if language_models.leaves("t5", self.config._attn_implementation, attention_mask):
+    tokens = _tokens(attention_mask, past_key_values)
+    if language_models.leaves("t5", self.config._attn_implementation, tokens):
         original = self.update_causal_mask_before_flashbias
         return original(attention_mask, input_tensor, cache_position, past_key_values, *others, **options)
-    return Positions.with_older_cache(input_tensor, attention_mask, past_key_values, cache_position)
+    return Positions.with_older_cache(input_tensor, tokens, past_key_values, cache_position)
 
 
 def _positions_of(module: Any, n_q: int, n_k: int, mask: Tensor | None) -> Positions | None:

@@ -79,6 +79,8 @@ def make_model(t5: Any, transformers: Any) -> Callable[..., Any]:
         for name, parameter in model.named_parameters():
             if "relative_attention_bias" in name:
                 torch.nn.init.normal_(parameter, std=2.0)
+            elif name.endswith(".q.weight"):  # T5 has no scale but that of these weights
+                torch.nn.init.normal_(parameter, std=0.3 / 8**0.5)
         return model.to(DEVICE).eval()
 
     return make

@@ -1,6 +1,5 @@
 """Whole models against the host's own code on the same weights: logits, gradients, caches, compiled graphs."""
 
-import contextlib
 import copy
 
 import pytest
@@ -16,8 +15,6 @@ from .conftest import HOSTS, LAYERS
 
 every_host = pytest.mark.parametrize("kind", HOSTS)
 N_Q = 17
-# Both the host and we may be off by 32 times the rounding of fp32 for each attention, forward and back.
-TOLERANCE = 2 * 32 * 3 * LAYERS * torch.finfo(torch.float32).eps
 
 
 def attentions(transformers):
@@ -28,10 +25,8 @@ def attentions(transformers):
 def run(model, ids, mask, dtype=torch.float32, n_q=N_Q, decoder_mask=None, backward=False):
     """Logits at tokens, and with `backward` the gradients of all weights."""
     model = copy.deepcopy(model).to(dtype)
-    text = ids[:, :n_q]
-    logits = model(
-        input_ids=ids, attention_mask=mask, decoder_input_ids=text, decoder_attention_mask=decoder_mask
-    ).logits
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_attention_mask": decoder_mask}
+    logits = model(**given, decoder_input_ids=ids[:, :n_q]).logits
     if decoder_mask is not None:
         logits = logits * decoder_mask[..., None].bool()
     found = {"logits": logits}
@@ -42,11 +37,26 @@ def run(model, ids, mask, dtype=torch.float32, n_q=N_Q, decoder_mask=None, backw
     return found
 
 
-def assert_same(ours, theirs):
+def in_one_row(found, sizes):
+    return torch.cat([(found[name] / sizes[name]).detach().flatten() for name in sizes])
+
+
+def assert_like_the_host(ours, stock, *args, **options):
+    """At most twice the host's error in fp32, its fp64 being the truth, each tensor relative to its largest entry.
+
+    As norms, since single entries of two computations are wrong by chance. Where the host has no fp64 (NaN where it
+    masks by the lowest number, in transformers 4) the two may differ by three times what either is wrong by elsewhere.
+    """
+    with stock():
+        theirs, oracle = run(*args, **options), run(*args, dtype=torch.float64, **options)
     assert ours.keys() == theirs.keys()
-    for name, entry in theirs.items():
-        difference = (ours[name] - entry).abs().max() / entry.abs().max().clamp(min=1.0)
-        assert difference <= TOLERANCE, f"{name}: {difference:.2g}"
+    sizes = {name: entry.abs().max().clamp(min=1.0) for name, entry in theirs.items()}
+    ours, theirs, oracle = (in_one_row(found, sizes) for found in (ours, theirs, oracle))
+    eps = torch.finfo(torch.float32).eps
+    if oracle.isfinite().all():
+        assert (ours - oracle).norm() <= 2 * (theirs - oracle).norm() + 4 * eps * oracle.norm()
+    else:
+        assert (ours - theirs).norm() <= 3 * 32 * eps * theirs.norm()
 
 
 @every_host
@@ -58,9 +68,7 @@ def test_logits_and_gradients(make_model, stock, calls, transformers, kind, mask
         masks = make_mask(mask, 3, 29), make_mask(decoder_mask, 3, N_Q)
         ours = run(model, ids, masks[0], decoder_mask=masks[1], backward=True)
         assert len(calls) == 3 * LAYERS, "an encoder, a decoder and its cross attention"
-        with stock():
-            theirs = run(model, ids, masks[0], decoder_mask=masks[1], backward=True)
-        assert_same(ours, theirs)
+        assert_like_the_host(ours, stock, model, ids, masks[0], decoder_mask=masks[1], backward=True)
         tables = [entry for name, entry in ours.items() if "relative_attention_bias" in name]
         assert len(tables) == (2 * LAYERS if kind == "UMT5" else 2)
         assert all(entry.abs().max() > 0 for entry in tables)
@@ -73,8 +81,7 @@ def test_buckets_that_end_far_away(make_model, stock, kind):
     buckets = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
     model, ids = make_model(kind, **buckets), make_ids(1, 330)
     ours = run(model, ids, None, n_q=300)
-    with stock():
-        assert_same(ours, run(model, ids, None, n_q=300))
+    assert_like_the_host(ours, stock, model, ids, None, n_q=300)
 
 
 def test_tables_hold_the_buckets(t5, make_model):
@@ -106,7 +113,7 @@ def test_encoder_alone(make_model, stock, calls, kind):
     assert len(calls) == LAYERS
     with stock():
         theirs = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    assert_same({"out": ours}, {"out": theirs})
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @every_host
@@ -125,7 +132,7 @@ def test_chunks_and_steps_through_a_cache(make_model, stock, calls, transformers
             first += step
         with stock():
             expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=text).logits
-    assert_same({"logits": torch.cat(parts, 1)}, {"logits": expected})
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
     assert [key[-2] for _, key, bias, _ in calls if bias is None] == [21] * LAYERS * 3
 
 
@@ -152,7 +159,8 @@ def test_generate_with_a_static_cache(make_model, stock, calls, kind):
         return model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
 
     ours = write(cache_implementation="static", disable_compile=True)
-    assert len({key for _, key, bias, _ in calls if isinstance(bias, RelativePositionBias)}) == 2
+    assert len(calls) == LAYERS + 12 * 2 * LAYERS
+    assert len({key for query, key, bias, _ in calls if query[-2] == 1 and bias is not None}) == 1
     with stock():
         assert torch.equal(ours, write())
 
@@ -208,7 +216,9 @@ def test_gradient_checkpointing(make_model, calls, kind, reentrant):
         model.enable_input_require_grads()
     found = run(model, ids, None, backward=True)
     assert len(calls) == 3 * made, "forward, and once more on the way back"
-    assert_same(found, expected)
+    for name in expected:
+        size = expected[name].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(found[name] / size, expected[name] / size, rtol=1e-5, atol=1e-5)
 
 
 @every_host
@@ -222,7 +232,8 @@ def test_a_layer_of_the_hosts_among_ours(make_model, calls, caplog, kind):
     mixed = run(model, ids, mask, backward=True)
     assert len(calls) == 2 * made - 2
     assert caplog.text.count("attention dropout in training is not covered") == 1
-    assert_same(mixed, ours)
+    for name, entry in ours.items():
+        torch.testing.assert_close(mixed[name], entry, rtol=1e-3, atol=1e-4 * entry.abs().max().item())
 
 
 @every_host
@@ -235,6 +246,6 @@ def test_compiled_in_one_graph(make_model, stock, kind):
             ids, mask = make_ids(2, n), make_mask("right", 2, n)
             given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, 2:], "use_cache": False}
             ours = compiled(**given).logits
-            with stock(), contextlib.suppress(RuntimeError):
-                assert_same({"logits": ours}, {"logits": model(**given).logits})
+            with stock():
+                torch.testing.assert_close(ours, model(**given).logits, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()

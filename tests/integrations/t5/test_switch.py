@@ -80,9 +80,10 @@ def test_head_masks_are_left_to_the_host(make_model, stock, calls, caplog, trans
     if not transformers.__version__.startswith("4"):
         pytest.skip("transformers 5 has no head masks")
     model, ids = make_model("T5"), make_ids(2, 9)
-    options = {"head_mask": torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 1]], device=DEVICE)}
+    heads = torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 1]], device=DEVICE)
+    options = {"head_mask": heads, "decoder_head_mask": heads}
     ours = logits_of(model, ids, **options)
-    assert len(calls) == LAYERS, "cross attention only: the decoder's head mask is that of the encoder"
+    assert len(calls) == LAYERS, "cross attention only"
     assert caplog.text.count("a head mask is not covered") == 1
     with stock():
         torch.testing.assert_close(ours, logits_of(model, ids, **options), rtol=1e-4, atol=1e-4)

@@ -151,7 +151,7 @@ TILES = {
     "ampere": {  # Ada and the small Blackwell too: they have Ampere's tensor cores, and less shared memory
         "forward few":    "16x64/4/2     16x64/4/2     16x32/4/2     16x16/8/1/64",
         "forward":        "64x64/4/2     64x64/4/2     64x32/4/2     32x32/4/2",
-        "forward table ids": "32x32/4/2  32x32/4/2     32x32/4/2     32x32/4/2",
+        "forward table ids": "32x32/4/2  32x32/4/2     32x32/4/2     16x16/8/1",
         "forward pairs":  "64x64/4/2     32x32/4/2     32x32/4/2     32x32/4/2",
         "forward slopes": "64x64/4/2     32x32/4/2     32x32/4/2     32x32/4/2",
         "forward rank":   "128x64/8/2    128x64/8/2    16x32/4/2     32x32/4/2",
@@ -162,6 +162,7 @@ TILES = {
         "keys rank":      "32x32/4/2/64  32x32/4/2/64  16x16/4/1/64  16x16/8/1/64",
         "keys pairs":     "32x32/4/2/64  32x32/4/2/64  32x16/4/2/64  16x16/8/1/64",
         "values":         "32x32/4/2     32x32/4/2     32x32/4/2     16x16/8/1/64",
+        "values table ids": "32x32/4/2   32x32/4/2     32x16/4/2     16x16/8/1/64",
     },
     "hopper fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
         "forward":      "32x32/2/2     32x32/4/1     32x32/4/1     16x16/4/1",

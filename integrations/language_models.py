@@ -156,7 +156,7 @@ class Attention(Replacement):
     `mask_of(module, positions, options)` makes the mask that the host's own code wants.
     """
 
-    mask_of: Callable[[Any, Positions, dict[str, Any]], Tensor] | None = None
+    mask_of: Callable[[Any, Any, dict[str, Any]], Tensor] | None = None
 
     def __call__(self, module: Any, *args: Any, **options: Any) -> Any:
         if not isinstance(options["attention_mask"], Positions):  # the model's call was left to the host

@@ -231,8 +231,8 @@ class _Attention(Replacement):
         host = self.host_of(module)
 
         def on_copies(*args: Any, **options: Any) -> Any:
-            *args, cache = args
-            out, _, *others = host(*args, language_models.copy_of(cache), **options)
+            *before, cache = args
+            out, _, *others = host(*before, language_models.copy_of(cache), **options)
             return out, None, *others
 
         return on_copies
@@ -306,6 +306,7 @@ def _umt5() -> PatchSet:
 def _host(name: str, module: str, layer: Patch) -> PatchSet:
     """A host whose layers are patched, and whatever it makes masks with."""
     patches = [layer]
+    own: tuple[str, ...]
     if names(module, "create_bidirectional_mask"):
         own = ("config", "attention_mask", "encoder_hidden_states")
         patches.append(Patch(f"{module}:create_bidirectional_mask", create_bidirectional_mask, own))

@@ -45,4 +45,5 @@ def at_queries(positions: Positions, of_keys: Tensor) -> Tensor:
     if isinstance(positions.offset, Tensor):
         index = torch.arange(positions.n_q, device=of_keys.device) + positions.offset
         return of_keys.index_select(-1, index)
+    assert positions.offset is not None
     return of_keys[..., positions.offset : positions.offset + positions.n_q]

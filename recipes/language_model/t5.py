@@ -120,7 +120,7 @@ def as_asked(model: Any, attention: str) -> Iterator[None]:
     operator = t5.biased_attention
     (t5.revert if attention.startswith("stock") else t5.apply)()
     if attention == BOUND:
-        t5.biased_attention = without_bias
+        t5.biased_attention = without_bias  # type: ignore[assignment]
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = attention.split()[-1] if attention.startswith("stock") else "eager"

@@ -79,7 +79,9 @@ def test_t5_in_training_by_every_attention(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(t5, "REPEATS", 1)
     assert t5.run("tiny-t5", [40, 64], 2, False, "cpu", tmp_path) == 0
     rows = read(tmp_path / "language_model_t5.csv")
-    stock = [f"stock {name}" for name in t5.implementations(transformers.T5EncoderModel(transformers.T5Config(**t5.TINY)))]
+    stock = [
+        f"stock {name}" for name in t5.implementations(transformers.T5EncoderModel(transformers.T5Config(**t5.TINY)))
+    ]
     expected = [(attention, n) for n in ("40", "64") for attention in (*stock, t5.BOUND, t5.OURS)]
     assert [(row["attention"], row["tokens"]) for row in rows] == expected
     assert {(row["reason"], row["accurate"]) for row in rows} == {("", "True")}

@@ -11,20 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashbias import Causal, Mask, Segments
-from flashbias.integrations.derived import readable
-from flashbias.integrations.integration import Replacement, is_hooked, not_computable, say_once
 from flashbias.masks import Both
 from flashbias.patches.source import find_source
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .derived import readable
+from .integration import Replacement, is_hooked, not_computable, say_once
 
 NAME = "factored_bias"  # of the attention, for `attn_implementation=`
 VERSIONS = ">=4.57,<6"
@@ -33,6 +31,8 @@ KEPT = "forward_before_flashbias"
 # Queries. To look whether all tokens count, a call waits for the device; where it is long that is nothing beside what
 # it saves, since attention whose positions are the keys' order takes half the time.
 LONG = 256
+
+P = TypeVar("P", bound="Positions")
 
 
 def names(module: str, function: str) -> bool:
@@ -72,8 +72,8 @@ class Positions:
 
     @classmethod
     def place(
-        cls, n_q: int, n_k: int, offset: int | Tensor | None, tokens: Tensor | None, device: torch.device
-    ) -> Self:
+        cls: type[P], n_q: int, n_k: int, offset: int | Tensor | None, tokens: Tensor | None, device: torch.device
+    ) -> P:
         """The positions of a call; `tokens` `(B, up to Nk)` are not 0 where a key counts; a cache has spare room."""
         if isinstance(offset, Tensor):
             offset = offset.to(device) + 0  # a static cache writes to it in its next update
@@ -86,7 +86,7 @@ class Positions:
         return cls(n_q, n_k, offset, k_ids)
 
     @classmethod
-    def with_cache(cls, inputs: Tensor, tokens: Tensor | None, cache: Any) -> Self:
+    def with_cache(cls: type[P], inputs: Tensor, tokens: Tensor | None, cache: Any) -> P:
         """Those of inputs `(B, N, channels)` behind a cache, or None, as later versions keep it."""
         n_q = inputs.shape[1]
         if cache is None:
@@ -95,7 +95,7 @@ class Positions:
         return cls.place(n_q, n_k, cache.get_seq_length(), tokens, inputs.device)
 
     @classmethod
-    def with_older_cache(cls, inputs: Tensor, tokens: Tensor | None, cache: Any, cache_position: Tensor) -> Self:
+    def with_older_cache(cls: type[P], inputs: Tensor, tokens: Tensor | None, cache: Any, cache_position: Tensor) -> P:
         """The same for caches whose length the caller knows: `cache_position` `(N,)` are the places of the queries."""
         n_q = inputs.shape[1]
         if cache is not None and cache.is_compileable:
@@ -104,7 +104,7 @@ class Positions:
         n_k = past + n_q if tokens is None else tokens.shape[-1]
         return cls.place(n_q, n_k, n_k - n_q, tokens, inputs.device)
 
-    def to(self, target: Any = None, *args: Any, **kwargs: Any) -> Self:
+    def to(self: P, target: Any = None, *args: Any, **kwargs: Any) -> P:
         """This, on another device; a dtype, which a mask would be brought to, says nothing here."""
         if isinstance(target, (str, int, torch.device)):
             for name, value in list(vars(self).items()):
@@ -112,7 +112,7 @@ class Positions:
                     setattr(self, name, value.to(target))
         return self
 
-    def bool(self) -> Self:
+    def bool(self: P) -> P:
         """This: MPT makes its mask boolean."""
         return self
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from flashbias import RelativePositionBias, biased_attention
-from flashbias.integrations import language_models
-from flashbias.integrations.derived import Derived
-from flashbias.integrations.integration import Integration, Replacement
-from flashbias.integrations.language_models import KEPT, Positions, names
 from flashbias.patches import Patch, PatchSet
+
+from . import language_models
+from .derived import Derived
+from .integration import Integration, Replacement
+from .language_models import KEPT, Positions, names
 
 __all__ = ["INTEGRATION", "apply", "configure", "is_applied", "revert"]
 

@@ -70,9 +70,12 @@ def create_bidirectional_mask(
 
 def _tokens(mask: Any, cache: Any) -> Any:
     """A mask `(B, Nk)` in place of `(B, 1, 1, Nk)`, which `generate()` makes ahead where a cache is static."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] * mask.shape[2] != 1:
-        return mask
-    if not getattr(cache, "is_compileable", False):
+    return _row_of(mask) if getattr(cache, "is_compileable", False) else mask
+
+
+def _row_of(mask: Any) -> Any:
+    """Which keys count, `(B, Nk)`, of a mask `(B, 1, 1, Nk)`, booleans or numbers to add; any other as it is."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
         return mask
     return mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
 
@@ -93,16 +96,17 @@ def update_causal_mask(
     return Positions.with_older_cache(input_tensor, tokens, past_key_values, cache_position)
 
 
-def _positions_of(module: Any, n_q: int, n_k: int, mask: Tensor | None) -> Positions | None:
+def _positions_of(hidden_states: Tensor, memory: Tensor | None, mask: Any) -> Positions | None:
     """What a mask says that an older host has made for attention to both sides, `(B, 1, 1, Nk)`; None for others."""
+    n_q, n_k = hidden_states.shape[1], (hidden_states if memory is None else memory).shape[1]
 
     def make() -> Positions:
-        tokens = None if mask is None else mask[:, 0, 0] == 0
-        return Positions.place(n_q, n_k, None, tokens, module.q.weight.device)
+        tokens = None if mask is None else _row_of(mask)
+        return Positions.place(n_q, n_k, None, tokens, hidden_states.device)
 
     if mask is None:
         return make()
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+    if language_models.leaves("t5", "eager", _row_of(mask)):
         return None
     return _rows.get(mask, [mask], (n_q, n_k), make)
 
@@ -203,8 +207,7 @@ class _Attention(Replacement):
     def __call__(self, module: Any, hidden_states: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
         memory = args[0]
         if not isinstance(mask, Positions) and self.rows and (memory is not None or not module.is_decoder):
-            keys = hidden_states if memory is None else memory
-            placed = _positions_of(module, hidden_states.shape[1], keys.shape[1], mask)
+            placed = _positions_of(hidden_states, memory, mask)
             mask = mask if placed is None else placed
         if not isinstance(mask, Positions):  # the model's call was left to the host
             return self.call(getattr(module, self.original), hidden_states, mask, *args, **options)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from prompts import MASKS, make_ids, make_mask
+from prompts import DEVICE, MASKS, make_ids, make_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -103,6 +103,21 @@ def test_half_precision_is_as_close_to_fp32_as_the_host(make_model, stock, kind,
     assert ours.dtype == theirs.dtype
     size = oracle.abs().max()
     assert_as_accurate("logits", ours / size, theirs / size, oracle / size, dtype)
+
+
+@every_host
+def test_autocast(make_model, stock, calls, kind):
+    model, ids = make_model(kind), make_ids(2, 33)
+    with torch.no_grad():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            ours = run(model, ids, None)["logits"]
+        with stock():
+            oracle = run(model, ids, None)["logits"]
+            with torch.autocast(DEVICE, torch.bfloat16):
+                theirs = run(model, ids, None)["logits"]
+    assert len(calls) == 3 * LAYERS
+    size = oracle.abs().max()
+    assert_as_accurate("logits", ours / size, theirs / size, oracle / size, torch.bfloat16)
 
 
 @every_host

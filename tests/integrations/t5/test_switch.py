@@ -64,15 +64,15 @@ def test_attention_dropout_in_training(make_model, stock, calls, caplog, kind):
     assert len(calls) == 3 * LAYERS
 
 
-def test_masks_of_three_dimensions_are_left_to_the_host(make_model, stock, calls, transformers):
-    """Of the decoder, which every version takes; the encoder and the rest of the decoder are served all the same."""
-    if transformers.__version__.startswith("4"):
-        pytest.skip("T5 of transformers 4 takes no such mask")
-    model, ids = make_model("T5"), make_ids(2, 9)
+@every_host
+def test_masks_of_four_dimensions_are_left_to_the_host(make_model, calls, caplog, kind):
+    """Of the decoder; the encoder and cross attention are served all the same."""
+    model, ids = make_model(kind), make_ids(2, 9)
     allowed = torch.ones(2, 1, 6, 6, device=DEVICE, dtype=torch.bool).tril()
     numbers = torch.zeros(allowed.shape, device=DEVICE).masked_fill(~allowed, torch.finfo(torch.float32).min)
     ours = logits_of(model, ids, decoder_attention_mask=numbers)
     assert len(calls) == 2 * LAYERS
+    assert caplog.text.count("other than two dimensions") == 1
     torch.testing.assert_close(ours, logits_of(model, ids), rtol=1e-4, atol=1e-4)
 
 

@@ -34,7 +34,7 @@ $(OLDER)/.ready: $(READY) tests/integrations/alibi/transformers4.txt
 	@touch $@
 
 test-transformers4: $(OLDER)/.ready  ## run the tests of language models on the older transformers, 4.57
-	PYTHONPATH=$(OLDER) $(BIN)/pytest -n $(WORKERS) tests/integrations/alibi
+	PYTHONPATH=$(OLDER) $(BIN)/pytest -n $(WORKERS) tests/integrations/alibi tests/integrations/t5
 
 test-slow: $(READY)  ## run all tests, slow ones too; meant for a machine with a GPU
 	$(BIN)/pytest -n $(WORKERS) -m "slow or not slow" $(PYTEST_ARGS)

@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .attention import biased_attention, flash_bias_func
-from .biases import ALiBi, Bias, DenseBias, FactoredBias, SpatialDistance
+from .biases import ALiBi, Bias, DenseBias, FactoredBias, RelativePositionBias, SpatialDistance
 from .errors import FlashBiasError
 from .masks import Causal, KeyPadding, Mask, Segments
 from .reference import reference
@@ -16,6 +16,7 @@ __all__ = [
     "FlashBiasError",
     "KeyPadding",
     "Mask",
+    "RelativePositionBias",
     "Segments",
     "SpatialDistance",
     "__version__",

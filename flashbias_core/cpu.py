@@ -82,6 +82,7 @@ def backward(
             if names & {"key", "k_factor"}:
                 accumulate(d_key[..., :n, :], d_scores, part.query[..., rows, :])
             part.add("values", d_scores, rows, slice(n))
+            part.add_table(d_scores, rows)
             if "slopes" in names and distance is not None:
                 part.add("slopes", sum_along(distance, weights, d_scores, d_lse, spare))
         part.add("value", d_value)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cpu_blocks import hide, multiply
+from .diagonals import fold, spread, sum_diagonals
 from .operands import Operands
 
 # Scores in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
@@ -23,8 +24,10 @@ ROWS = 128
 MIN_ROWS = 16
 
 # The tensors of a call, and their dimensions behind those of the batch and the heads; those of the second group have no
-# heads. Slopes are given two dimensions more.
-_OF_HEADS = {"query": 2, "key": 2, "value": 2, "q_factor": 2, "k_factor": 2, "slopes": 2, "values": 2, "allowed": 2}
+# heads. Slopes are given two dimensions more, a table one: a matrix of one row.
+_OF_HEADS = {
+    "query": 2, "key": 2, "value": 2, "q_factor": 2, "k_factor": 2, "slopes": 2, "values": 2, "table": 2, "allowed": 2,
+}  # fmt: skip
 _OF_BATCH = {"q_positions": 1, "k_positions": 1, "offsets": 0, "lengths": 0, "q_ids": 1, "k_ids": 1}
 
 _ALL = slice(None)
@@ -87,6 +90,10 @@ class Part:
         distance = (k_positions[..., None, :] - q_positions[..., :, None]).float()
         return distance.abs().neg_() if self.operands.symmetric else distance
 
+    def smallest(self, rows: slice) -> Tensor:
+        """The distance of a block's last row to the first key, `(..., 1, 1)` or a single one."""
+        return 1 - rows.stop - self.offset
+
     def scores(self, rows: slice, n: int, distance: Tensor | None) -> Tensor:
         """Scores with bias and mask, `(..., G, rows, n)`."""
         scores = multiply(self.query[..., rows, :], self.key[..., :n, :].mT, self.space[0])
@@ -94,6 +101,8 @@ class Part:
             scores.addcmul_(self["slopes"], distance)
         if "values" in self.tensors:
             scores.add_(_block(self["values"], rows, slice(n)))
+        if "table" in self.tensors:
+            scores.add_(spread(self["table"].squeeze(-2), self.smallest(rows), rows.stop - rows.start, n))
         for first, allowed in self.masks(rows, n):
             hide(scores[..., first:], allowed)
         return scores
@@ -118,6 +127,12 @@ class Part:
             total = _block(self[f"grad {name}"], rows, columns)
             total += gradient.sum_to_size(total.shape)
 
+    def add_table(self, d_scores: Tensor, rows: slice) -> None:
+        """Add to the gradient of the table, where it is wanted, from that of a block of scores."""
+        if "grad table" in self.tensors:
+            sums = sum_diagonals(d_scores)
+            self.add("table", fold(sums, self.smallest(rows), self["table"].shape[-1]).unsqueeze(-2))
+
 
 def parts(
     query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, extra: dict[str, tuple[Tensor, int]]
@@ -141,8 +156,10 @@ def parts(
 
 
 def as_matrices(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, slopes as matrices of one entry."""
-    return tensor[..., None, None] if name == "slopes" else tensor
+    """The tensor, slopes as matrices of one entry, tables of one row."""
+    if name == "slopes":
+        return tensor[..., None, None]
+    return tensor[..., None, :] if name == "table" else tensor
 
 
 def _view(tensor: Tensor, behind: int, batch: int, kv_heads: int) -> Tensor:

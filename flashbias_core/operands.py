@@ -13,7 +13,7 @@ from .biases import Bias
 from .checks import check_broadcast, check_device, check_last
 from .errors import DtypeError, UnsupportedError
 from .masks import Allowed, Causal, KeyPadding, Mask, Segments
-from .terms import Linear, Problem, Rank, Term, Tile
+from .terms import Linear, Problem, Rank, Table, Term, Tile
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Operands:
 
     q_factor, k_factor: `(*batch, H, N, R)`, fp16, bf16 or fp32.
     slopes: `(*batch, H)` fp32; positions `(*batch, N)`, or None for `p_j = j`, `p_i = i + offset`.
-    values: `(*batch, H, Nq or 1, Nk)`.
+    values: `(*batch, H, Nq or 1, Nk)`. table: `(*batch, H, 2 D - 1)` fp32.
     offsets: `(*batch,)` integers in place of `offset`.
     lengths: `(*batch,)`; q_ids, k_ids `(*batch, N)`; allowed: booleans `(*batch, H, Nq or 1, Nk)`.
     """
@@ -33,6 +33,7 @@ class Operands:
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
     values: Tensor | None = None
+    table: Tensor | None = None
     offsets: Tensor | None = None
     lengths: Tensor | None = None
     q_ids: Tensor | None = None
@@ -180,10 +181,18 @@ def _add_term(operands: Operands, term: Term) -> None:
     elif isinstance(term, Tile):
         values = _storage(term.values)
         operands.values = values if operands.values is None else operands.values.float() + values.float()
+    elif isinstance(term, Table):
+        if operands.table is not None and operands.table.shape[-1] != term.table.shape[-1]:
+            raise UnsupportedError(
+                f"a sum of relative position biases of {operands.table.shape[-1]} and {term.table.shape[-1]} entries",
+                "tables of one size",
+                "repeat the first and the last entry of the shorter one until they are as long",
+            )
+        operands.table = term.table if operands.table is None else operands.table + term.table
     else:
         raise UnsupportedError(
             f"a term of type {type(term).__name__} from a bias",
-            "Rank, Linear or Tile of flashbias.terms",
+            "Rank, Linear, Tile or Table of flashbias.terms",
             "write the bias as a sum of those, or pass its matrix as DenseBias",
         )
 

@@ -18,11 +18,11 @@ from .errors import UnsupportedError
 from .operands import Operands
 
 # The inputs of `attention` that have gradients, and their positions.
-DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4, "slopes": 5, "values": 8}
+DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4, "slopes": 5, "values": 8, "table": 9}
 
 _OPERANDS = (
     "Tensor? q_factor, Tensor? k_factor, Tensor? slopes, Tensor? q_positions, Tensor? k_positions, Tensor? values, "
-    "Tensor? offsets, Tensor? lengths, Tensor? q_ids, Tensor? k_ids, Tensor? allowed, "
+    "Tensor? table, Tensor? offsets, Tensor? lengths, Tensor? q_ids, Tensor? k_ids, Tensor? allowed, "
     "bool symmetric, bool causal, SymInt offset, float scale"
 )
 _TENSORS = 3 + _OPERANDS.count("Tensor")  # as many inputs of `attention`, the first ones, are tensors or None
@@ -52,7 +52,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted, "
     f"Tensor query, Tensor key, Tensor value, {_OPERANDS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 attention = torch.ops.flashbias.attention.default

@@ -84,8 +84,8 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
     `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), LONG (`LONG` keys or
-    more), DENSE (a dense bias), ALLOWED (a boolean mask), POSITIONS (given ones, or ids of segments), SLOPES, and BARE
-    (no slopes, and no mask but of lengths).
+    more), DENSE (a dense bias), TABLE (one by distance), ALLOWED (a boolean mask), POSITIONS (given ones, or ids of
+    segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
@@ -117,18 +117,22 @@ TILES = {
         "forward long":      "64x128/4/3         128x64/8/3        128x64/8/3  64x32/8/2",
         "forward slopes":    "64x64/4/3/16/112   64x64/4/3/16/168  64x64/4/3   64x32/8/2",
         "forward dense":     "64x64/4/3/16/96    64x64/4/3         64x32/8/2   64x32/8/2",
+        "forward only table":"64x64/4/3          128x64/8/3        64x32/8/2   64x32/8/2",
+        "forward table ids": "64x32/4/3          64x64/4/3         64x32/8/2   64x32/8/2",
         "forward pairs":     "64x64/4/3          64x64/4/3         64x32/8/2   64x32/8/2",
         "forward positions": "64x64/4/3          128x64/8/3        128x64/8/3  64x32/8/2",
         "forward rank":      "128x64/8/3         128x64/8/3        32x32/4/2   64x32/8/2",
         "queries":           "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2  32x32/8/1",
         "queries slopes":    "64x64/4/3/16/168   64x64/4/3         64x32/4/2   32x32/8/1",
         "queries dense":     "64x64/4/3          64x64/4/2         64x32/8/2   32x32/8/1",
+        "queries only table":"64x32/4/3          64x64/4/2         64x32/8/2   32x32/8/1",
         "queries pairs":     "64x32/4/3          64x32/4/2         64x32/8/2   32x32/8/1",
         "queries positions": "64x32/4/3          64x32/4/2         64x32/8/2   32x32/8/1",
         "queries rank":      "64x32/4/3          64x32/8/2         16x16/8/1/64  16x16/8/1/64",
         "keys":              "32x128/4/3         64x64/4/2         32x128/8/2  32x32/8/1",
         "keys slopes":       "32x128/4/3         32x128/8/3        32x128/8/2  32x32/8/1",
         "keys dense":        "32x128/4/3         32x128/8/3        32x64/8/2   16x16/8/1/64",
+        "keys only table":   "32x64/4/3          64x64/4/2         32x128/8/2  16x16/8/1/64",
         "keys pairs":        "32x64/4/3          32x128/8/3        32x64/8/2   16x16/8/1/64",
         "keys positions":    "32x64/4/3          32x128/8/3        32x64/8/2   32x32/8/1",
         "keys rank":         "32x64/4/3          32x64/8/2         16x16/8/1/64  16x16/8/1/64",
@@ -138,6 +142,7 @@ TILES = {
     "blackwell": {
         "forward few":  "16x64/4/2     16x64/4/2     16x32/4/2     16x16/8/1/64",
         "forward":      "64x32/4/2     64x32/4/2     64x32/4/2     32x32/4/2",
+        "forward table": "32x32/4/2    32x32/4/2     32x32/4/2     32x32/4/2",
         "queries":      "32x32/8/1/64  32x32/8/1/64  32x32/8/1/64  16x16/8/1/64",
         "queries rank": "32x32/4/2/64  32x32/4/2/64  32x32/4/2/64  16x16/8/1/64",
         "keys":         "32x32/8/1/64  32x32/8/1/64  32x32/8/1/64  16x16/8/1/64",
@@ -146,6 +151,7 @@ TILES = {
     "ampere": {  # Ada and the small Blackwell too: they have Ampere's tensor cores, and less shared memory
         "forward few":    "16x64/4/2     16x64/4/2     16x32/4/2     16x16/8/1/64",
         "forward":        "64x64/4/2     64x64/4/2     64x32/4/2     32x32/4/2",
+        "forward table ids": "32x32/4/2  32x32/4/2     32x32/4/2     16x16/8/1",
         "forward pairs":  "64x64/4/2     32x32/4/2     32x32/4/2     32x32/4/2",
         "forward slopes": "64x64/4/2     32x32/4/2     32x32/4/2     32x32/4/2",
         "forward rank":   "128x64/8/2    128x64/8/2    16x32/4/2     32x32/4/2",
@@ -157,6 +163,7 @@ TILES = {
         "keys pairs":     "32x32/4/2/64  32x32/4/2/64  32x16/4/2/64  16x16/8/1/64",
         "keys positions": "32x32/4/1/64  32x32/4/2/64  32x32/4/2/64  16x16/8/1/64",
         "values":         "32x32/4/2     32x32/4/2     32x32/4/2     16x16/8/1/64",
+        "values table ids": "32x32/4/2   32x32/4/2     32x16/4/2     16x16/8/1/64",
     },
     "hopper fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
         "forward":         "32x32/2/2     32x32/4/1     32x32/4/1     32x32/8/1",
@@ -167,6 +174,10 @@ TILES = {
         "keys":            "16x32/2/1/32  16x32/4/1/64  16x32/4/1/64  16x16/8/1/64",
         "keys rank":       "16x16/4/1/64  16x16/8/1/64  16x16/4/1/64  16x16/8/1/64",
         "values":          "32x32/4/1     32x32/8/1     32x32/4/1     32x32/4/1",
+        "forward table":   "32x16/4/1     32x16/4/1     16x16/4/1     16x16/4/1",
+        "queries table":   "16x16/4/1/64  16x16/8/1/64  16x16/4/1/64  16x16/4/1/64",
+        "keys table":      "16x16/8/1/64  16x16/8/1/64  16x16/4/1/64  16x16/4/1/64",
+        "values table":    "16x16/4/1     32x32/8/1     16x16/4/1     16x16/4/1",
     },
     "fp32": {
         "forward":   "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",
@@ -183,13 +194,18 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
     rows = TILES[family] if itemsize < 4 else TILES.get(f"{family} fp32", TILES["fp32"])
     width, rank = max(constants["WIDTH"], constants["WIDTH_V"]), constants["RANK"]
-    wide, pairs = rank > (32 if width <= 128 else 0), constants["DENSE"] or constants["ALLOWED"]
+    wide = rank > (32 if width <= 128 else 0)
+    pairs = constants["DENSE"] or constants["ALLOWED"] or constants["TABLE"]
+    tied = constants["POSITIONS"] or constants["SLOPES"]
     traits = {
         "few pairs": constants["FEW"] and (wide or pairs),
         "few": constants["FEW"],
         "rank": wide,
         "dense": constants["DENSE"] and constants["BARE"] and rank == 0,
+        "only table": constants["TABLE"] and not (rank or constants["DENSE"] or constants["ALLOWED"] or tied),
+        "table ids": constants["TABLE"] and constants["POSITIONS"],
         "pairs": pairs,
+        "table": constants["TABLE"],
         "factors": rank > 0,
         "positions": constants["POSITIONS"],
         "slopes": constants["SLOPES"],

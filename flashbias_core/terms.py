@@ -56,4 +56,11 @@ class Tile:
     values: Tensor
 
 
-Term = Rank | Linear | Tile
+@dataclass
+class Table:
+    """`B_ij = table[..., clamp(j - i - offset, -D + 1, D - 1) + D - 1]`, `(*batch, H, 2 D - 1)` fp32, broadcast."""
+
+    table: Tensor
+
+
+Term = Rank | Linear | Tile | Table

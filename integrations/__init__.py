@@ -9,4 +9,4 @@ def available() -> dict[str, str]:
 
     Each module has `apply`, `revert`, `is_applied`, `configure` and `INTEGRATION`, whose `status()` tells of its hosts.
     """
-    return {name: f"{__name__}.{name}" for name in ("swin_v2", "protenix", "alibi", "neural_solver")}
+    return {name: f"{__name__}.{name}" for name in ("swin_v2", "protenix", "alibi", "t5", "neural_solver")}

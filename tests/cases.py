@@ -22,6 +22,7 @@ from flashbias import (
     FactoredBias,
     KeyPadding,
     Mask,
+    RelativePositionBias,
     Segments,
     SpatialDistance,
     biased_attention,
@@ -33,12 +34,15 @@ from flashbias.testing import assert_as_accurate, eager
 # Single biases and masks; join biases with "+" and masks with "&".
 BIASES = (
     "none", "factored", "factored_fp32", "alibi", "alibi_symmetric", "alibi_positions", "alibi_float", "distance",
-    "dense", "dense_row", "dense_inf",
+    "dense", "dense_row", "dense_inf", "table", "table_long", "table_single",
 )  # fmt: skip
 MASKS = (
     "none", "causal", "causal_offset", "causal_early", "causal_tensor", "lengths", "segments", "allowed", "allowed_row",
 )  # fmt: skip
-SUMS = ("factored+alibi", "distance+dense_row", "factored+alibi_symmetric+dense", "factored+distance", "dense+dense")
+SUMS = (
+    "factored+alibi", "distance+dense_row", "factored+alibi_symmetric+dense", "factored+distance", "dense+dense",
+    "table+table", "factored+alibi+table+dense",
+)  # fmt: skip
 JOINS = ("causal&lengths", "causal_tensor&segments", "segments&lengths&allowed", "causal&causal_tensor")
 # Which dimensions of biases and masks are those of the call; the others have size 1 or are missing.
 BROADCASTS = ("full", "batch", "first", "last", "heads", "missing", "bare")
@@ -267,6 +271,10 @@ def _bias(name: str, draw: _Draw) -> tuple[dict[str, Tensor], Callable[..., Bias
             "weight": draw.normal(*batch, *heads, n_q, dtype=torch.float32),
         }
         return leaves, SpatialDistance
+    if name.startswith("table"):
+        distances = {"table": 2 * 7 - 1, "table_long": 2 * (n_q + n_k) + 1, "table_single": 1}[name]
+        table = draw.normal(*batch, *heads, distances, dtype=torch.float32) * 2
+        return {"table": table}, RelativePositionBias
     rows = 1 if name == "dense_row" else n_q
     values = draw.normal(*batch, *heads, rows, n_k) * 2
     if name == "dense_inf":

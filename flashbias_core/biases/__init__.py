@@ -5,5 +5,6 @@ from .base import Bias, Sum
 from .distance import SpatialDistance
 from .factored import FactoredBias
 from .matrix import DenseBias
+from .relative import RelativePositionBias
 
-__all__ = ["ALiBi", "Bias", "DenseBias", "FactoredBias", "SpatialDistance", "Sum"]
+__all__ = ["ALiBi", "Bias", "DenseBias", "FactoredBias", "RelativePositionBias", "SpatialDistance", "Sum"]

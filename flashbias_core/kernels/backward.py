@@ -2,7 +2,8 @@
 
 With P the probabilities, `dS = P * (dP - delta)` where `dP = dO V^T` and `delta_i = dO_i . O_i - dLSE_i`
 (Dao, FlashAttention-2, 2023, algorithm 2). One kernel walks over the keys for each tile of queries, one over the
-queries for each tile of keys, and one, for the values of a dense bias, over all that shares a tile of them.
+queries for each tile of keys, and one, for the values of a dense bias, over all that shares a tile of them; that for
+a table by distance is in `table.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import triton
 import triton.language as tl
 
 from .terms import (
+    BAND,
     LOG2_E,
     add_distances,
     add_matrix,
     add_product,
+    add_table,
     diagonal,
     distances,
     dot_features,
@@ -28,6 +31,7 @@ from .terms import (
     load_matrix,
     load_rows,
     mask_scores,
+    near_keys,
     products,
     program,
 )
@@ -40,6 +44,13 @@ class Low(NamedTuple):
 
     level: Any
     delta: Any
+
+
+class Far(NamedTuple):
+    """Sums of a row's dS over the keys that lie before those near a table's distances, and behind, as Low's are."""
+
+    before: Any
+    behind: Any
 
 
 @triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads", "unit"])
@@ -109,21 +120,22 @@ def add_columns(b_sum, b_ds, b_columns, SPLIT: tl.constexpr, PRECISION: tl.const
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
-    q, k, v, d_out, level, delta, low, d_lse, d_query, d_columns, d_slopes, gradient_columns, terms, masks, tiles,
-    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    q, k, v, d_out, level, delta, low, d_lse, d_query, d_columns, d_slopes, d_far, gradient_columns, terms, masks,
+    tiles, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     EXCESS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, of their factor columns, and of the slopes row by row; each None where not wanted.
+    """Gradients of queries, their factor columns, and, row by row, slopes and `Far`; each None where not wanted.
 
     delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1 and
     dLSE. With EXCESS, for gradients that are to be better than the dtype of the queries, this kernel takes the excess
     out of what it sums, and leaves a better delta (and, in fp32, what it and the level lack) to those after it.
     """
     EXACT: tl.constexpr = low is not None
+    TOTAL: tl.constexpr = EXACT or d_far is not None
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
     m_first = (n_tiles - 1 - i_tile) * BLOCK_M
@@ -147,6 +159,9 @@ def queries_kernel(
     if GRADIENT_RANK > 0:
         b_d_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
         b_mean_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
+    if d_far is not None:
+        near_begin, near_end = near_keys(n_q, m_first & -BAND, terms.reach, offset)
+        b_before, b_total_before, b_until, b_total_until = b_excess, b_excess, b_excess, b_excess
 
     for phase in tl.static_range(2):
         for n_first in tl.range(whole if phase == 1 else 0, end if phase == 1 else whole, BLOCK_N):
@@ -164,6 +179,7 @@ def queries_kernel(
                 terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, phase == 1, True
             )
             b_s = add_matrix(b_s, b_matrix, unit)
+            b_s = add_table(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, offset, unit, BLOCK_M, BLOCK_N)
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
             )
@@ -176,8 +192,14 @@ def queries_kernel(
             b_ds = score_gradient(b_p, b_dp, b_delta[:, None], 0.0, False)
             if EXCESS:
                 b_excess += tl.sum(b_ds, 1)
-            if EXACT:
+            if TOTAL:
                 b_total += tl.sum(b_p, 1)
+            if d_far is not None:
+                # The sums so far: when the walk comes to the near keys, and when it leaves them.
+                b_before = tl.where(n_first < near_begin, b_excess, b_before)
+                b_total_before = tl.where(n_first < near_begin, b_total, b_total_before)
+                b_until = tl.where(n_first < near_end, b_excess, b_until)
+                b_total_until = tl.where(n_first < near_end, b_total, b_total_until)
             if d_slopes is not None:
                 b_distance = distances(
                     terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, True
@@ -198,6 +220,8 @@ def queries_kernel(
                     b_mean_columns = add_product(b_mean_columns, b_p.to(b_columns.dtype), b_columns, PRECISION)
 
     b_share = tl.full([BLOCK_M], 1.0, tl.float32)
+    if d_far is not None:
+        b_behind, b_total_behind = b_excess - b_until, b_total - b_total_until
     if EXACT:
         b_share = tl.where(b_total > 0.0, tl.div_rn(1.0, b_total), 1.0)
         b_excess *= b_share
@@ -224,6 +248,11 @@ def queries_kernel(
     if d_slopes is not None:
         b_d_slopes = (b_d_slopes - b_excess * b_mean_distance) * b_share
         tl.store(d_slopes + i_bh * n_q + o_row, b_d_slopes, mask=o_row < n_q)
+    if d_far is not None:
+        b_before = (b_before - b_excess * b_total_before) * b_share
+        b_behind = (b_behind - b_excess * b_total_behind) * b_share
+        tl.store(d_far.before + i_bh * n_q + o_row, b_before, mask=o_row < n_q)
+        tl.store(d_far.behind + i_bh * n_q + o_row, b_behind, mask=o_row < n_q)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -292,6 +321,7 @@ def keys_kernel(
                 terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, phase == 0, False
             )
             b_s = add_matrix(b_s, b_matrix, unit)
+            b_s = add_table(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, offset, unit, BLOCK_M, BLOCK_N)
             b_s = mask_scores(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
             )
@@ -328,6 +358,61 @@ def keys_kernel(
         tl.store(d_columns + p_row * GRADIENT_RANK + o_r, b_d_columns, mask=o_n < n_k)
 
 
+@triton.jit
+def member(i_own, i_shared, n_inner_shared, n_heads_shared, n_inner, n_heads):
+    """Outer, inner and head of the batch-head that is number `i_shared` of those that share what is number `i_own`."""
+    n_own_heads, n_own_inner = n_heads // n_heads_shared, n_inner // n_inner_shared
+    b_own, i_b = i_own // n_own_heads, i_shared // n_heads_shared
+    i_h = i_own % n_own_heads + i_shared % n_heads_shared
+    i_i = b_own % n_own_inner + i_b % n_inner_shared
+    i_o = b_own // n_own_inner + i_b // n_inner_shared
+    return i_o.to(tl.int64), i_i.to(tl.int64), i_h.to(tl.int64)
+
+
+@triton.jit
+def tile_gradient(
+    q, k, v, d_out, level, delta, low, terms, masks, b_matrix, i_o, i_i, i_h, m_first, n_first,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dS of one tile, `[BLOCK_M, BLOCK_N]`; `b_matrix` is its tile of the dense bias, or None."""
+    i_bh = (i_o * n_inner + i_i) * n_heads + i_h
+    i_kv = i_h // group
+    o_row = m_first + tl.arange(0, BLOCK_M)
+    o_m = o_row[:, None]
+    o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
+    offset = diagonal(masks, i_o, i_i, offset)
+    n_keys = first_key_beyond(masks, i_o, i_i, n_k)
+    b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
+    b_q_columns = b_q
+    if RANK > 0 and RANK == CHUNK:
+        b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
+    b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
+    b_s = products(
+        b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
+        m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
+    )  # fmt: skip
+    b_s = add_distances(
+        b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
+        BLOCK_M, BLOCK_N, SYMMETRIC, True,
+    )  # fmt: skip
+    b_s = add_matrix(b_s, b_matrix, unit)
+    b_s = add_table(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, offset, unit, BLOCK_M, BLOCK_N)
+    b_s = mask_scores(b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, True)
+    b_level, b_low, b_delta, b_delta_low = load_statistics(level, delta, low, i_bh, o_row, n_q)
+    b_p = probabilities(b_s, b_level[:, None], b_low[:, None], unit, low is not None)
+    b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
+    b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
+    b_dp = dot_rows(
+        b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+        m_first, n_first, n_q, n_keys, C_V, PRECISION,
+    )  # fmt: skip
+    return score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)
+
+
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
     q, k, v, d_out, level, delta, low, d_values, terms, masks, tiles,
@@ -348,64 +433,30 @@ def values_kernel(
     i_rest = tl.program_id(0) // n_n
     i_m, i_rest = i_rest % n_m_tiles, i_rest // n_m_tiles
     i_split, i_own = i_rest % n_splits, i_rest // n_splits
-    # The batches and heads that the values have of their own; where they are shared, the members are walked.
-    n_own_heads, n_own_inner = n_heads // n_heads_shared, n_inner // n_inner_shared
-    h_own, b_own = i_own % n_own_heads, i_own // n_own_heads
     n_members = n_outer_shared * n_inner_shared * n_heads_shared
     if ONE_ROW:
         n_members *= n_m
     first, last = n_members * i_split // n_splits, n_members * (i_split + 1) // n_splits
     n_first = i_n * BLOCK_N
-    o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
     b_d_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # All members have the same tile of the bias.
     m_first = 0 if ONE_ROW else i_m * BLOCK_M
+    o_o, o_i, o_h = member(i_own, 0, n_inner_shared, n_heads_shared, n_inner, n_heads)
     b_matrix = load_matrix(
-        terms, tiles, (b_own // n_own_inner).to(tl.int64), (b_own % n_own_inner).to(tl.int64), h_own.to(tl.int64),
-        (m_first + tl.arange(0, BLOCK_M))[:, None], o_n, m_first, n_first, n_q, n_k, True, True,
+        terms, tiles, o_o, o_i, o_h, (m_first + tl.arange(0, BLOCK_M))[:, None],
+        (n_first + tl.arange(0, BLOCK_N))[None, :], m_first, n_first, n_q, n_k, True, True,
     )  # fmt: skip
 
     for i_member in tl.range(first, last):
+        i_shared = i_member
         if ONE_ROW:
             m_first, i_shared = i_member % n_m * BLOCK_M, i_member // n_m
-        else:
-            m_first, i_shared = i_m * BLOCK_M, i_member
-        i_h = (h_own + i_shared % n_heads_shared).to(tl.int64)
-        i_b = i_shared // n_heads_shared
-        i_i = (b_own % n_own_inner + i_b % n_inner_shared).to(tl.int64)
-        i_o = (b_own // n_own_inner + i_b // n_inner_shared).to(tl.int64)
-        i_bh = (i_o * n_inner + i_i) * n_heads + i_h
-        i_kv = i_h // group
-        o_row = m_first + tl.arange(0, BLOCK_M)
-        o_m = o_row[:, None]
-        diagonal_offset = diagonal(masks, i_o, i_i, offset)
-        n_keys = first_key_beyond(masks, i_o, i_i, n_k)
-        b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
-        b_q_columns = b_q
-        if RANK > 0 and RANK == CHUNK:
-            b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
-        b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
-        b_s = products(
-            b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
-            m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
+        i_o, i_i, i_h = member(i_own, i_shared, n_inner_shared, n_heads_shared, n_inner, n_heads)
+        b_d_values += tile_gradient(
+            q, k, v, d_out, level, delta, low, terms, masks, b_matrix, i_o, i_i, i_h, m_first, n_first,
+            n_q, n_k, n_inner, n_heads, group, offset, unit,
+            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        b_s = add_distances(
-            b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, unit,
-            BLOCK_M, BLOCK_N, SYMMETRIC, True,
-        )  # fmt: skip
-        b_s = add_matrix(b_s, b_matrix, unit)
-        b_s = mask_scores(
-            b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, diagonal_offset, CAUSAL, True
-        )
-        b_level, b_low, b_delta, b_delta_low = load_statistics(level, delta, low, i_bh, o_row, n_q)
-        b_p = probabilities(b_s, b_level[:, None], b_low[:, None], unit, low is not None)
-        b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
-        b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
-        b_dp = dot_rows(
-            b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
-            m_first, n_first, n_q, n_keys, C_V, PRECISION,
-        )  # fmt: skip
-        b_d_values += score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)
     p_plane = d_values + (i_split * n_own + i_own).to(tl.int64) * (1 if ONE_ROW else n_q) * n_k

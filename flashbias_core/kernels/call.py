@@ -38,7 +38,7 @@ PER_BATCH = Axes(head=False, row=False, column=False)
 INPUTS = {"query": Axes(), "key": Axes(), "value": Axes()}
 TERMS = {
     "q_columns": Axes(), "k_columns": Axes(), "slopes": PER_HEAD, "q_positions": PER_POSITION,
-    "k_positions": PER_POSITION, "values": Axes(),
+    "k_positions": PER_POSITION, "values": Axes(), "table": Axes(row=False),
 }  # fmt: skip
 MASKS = {
     "offsets": PER_BATCH, "lengths": PER_BATCH, "q_ids": PER_POSITION, "k_ids": PER_POSITION, "allowed": Axes(),
@@ -110,6 +110,7 @@ def _frame(
         "ALLOWED": "allowed" in given,
         "POSITIONS": "q_positions" in given or "q_ids" in given,
         "SLOPES": "slopes" in given,
+        "TABLE": "table" in given,
         "FEW": n_q <= plan.FEW,
     }
     traits["BARE"] = not (causal or traits["ALLOWED"] or "q_ids" in given or traits["SLOPES"])
@@ -175,7 +176,7 @@ def prepare(
     tensors = (
         query, key, value,
         q_columns, k_columns, o.slopes, _positions(o.q_positions), _positions(o.k_positions), values,
-        o.offsets, o.lengths, o.q_ids, o.k_ids, allowed,
+        o.table, o.offsets, o.lengths, o.q_ids, o.k_ids, allowed,
     )  # fmt: skip
     frame = _frame(
         query.device, scale, o.offset, o.symmetric, o.causal, folded, plan.has_descriptors(query.device),
@@ -187,7 +188,8 @@ def prepare(
         for tensor, strides, axes in zip(tensors, frame.strides, AXES.values(), strict=True)
     ]
     q, k, v = blocks[: len(INPUTS)]
-    terms = Terms(*blocks[len(INPUTS) : -len(MASKS)])
+    reach = None if o.table is None else o.table.shape[-1] // 2
+    terms = Terms(*blocks[len(INPUTS) : -len(MASKS)], reach)
     sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
     return Call(frame, frame.layout, q, k, v, values, sizes, frame.constants)
 

@@ -13,6 +13,7 @@ from .terms import (
     add_distances,
     add_matrix,
     add_scaled,
+    add_table,
     diagonal,
     exponential,
     key_range,
@@ -92,6 +93,7 @@ def forward_kernel(
                     terms, tiles, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, phase == 1, True
                 )
                 b_s = add_matrix(b_s, b_matrix, unit)
+                b_s = add_table(b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, offset, unit, BLOCK_M, BLOCK_N)
                 b_s = mask_scores(
                     b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 1
                 )

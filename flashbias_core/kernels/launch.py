@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 
 from flashbias import plan
+from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
 
-from .backward import Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .backward import Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
 from .columns import GradientColumns, gradient_columns
 from .forward import combine_kernel, forward_kernel
 from .layout import reduce_to
+from .table import table_kernel
+from .terms import BAND as TABLE_BAND
 from .terms import Block
 
 DELTA_ROWS = 32
 WIDE = 128  # features
+BAND = TABLE_BAND.value
+BAND_ENTRIES = 1 << 26  # of bands of dS in memory at a time
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -72,7 +77,9 @@ def backward(
     d_lse = None if grad_lse is None else grad_lse.contiguous()
     level = torch.empty_like(lse)
     inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
-    better = low is not None or "slopes" in names or (inexact and bool(names & {"q_factor", "k_factor"}))
+    better = (
+        low is not None or bool(names & {"slopes", "table"}) or (inexact and bool(names & {"q_factor", "k_factor"}))
+    )
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
     gradients: dict[str, Tensor | None] = {}
@@ -92,6 +99,9 @@ def backward(
             gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
         if "values" in names and operands.values is not None:
             gradients["values"] = _values_gradient(query, key.shape[-2], operands.values, call, statistics)
+        if "table" in names and operands.table is not None:
+            far = gradients["before"], gradients["behind"]
+            gradients["table"] = _table_gradient(query, key.shape[-2], operands, far, call, statistics)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
 
@@ -105,7 +115,9 @@ def _query_side(
     side = _columns(k_factor if "q_factor" in names else None, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
     d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
-    made: dict[str, Tensor | None] = {"d_query": d_query, "d_slopes": d_slopes}
+    delta = statistics["delta"]
+    d_far = Far(torch.empty_like(delta), torch.empty_like(delta)) if "table" in names else Far(None, None)
+    made: dict[str, Any] = {"d_query": d_query, "d_slopes": d_slopes, "d_far": d_far if "table" in names else None}
     parts = []
     for start, stop in _slices(side):
         parts.append(query.new_empty((*query.shape[:-1], stop - start), dtype=torch.float32))
@@ -116,10 +128,14 @@ def _query_side(
             **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
-    slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
+    slopes, before, behind = (
+        None if rows is None else rows.sum(-1, dtype=torch.float64) for rows in (d_slopes, *d_far)
+    )
     return {
         "query": d_query,
         "slopes": slopes,
+        "before": before,
+        "behind": behind,
         "q_factor": None if side is None else side.combine(_joined(parts)),
     }
 
@@ -185,6 +201,43 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
         n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, ONE_ROW=one_row, **statistics,
     )  # fmt: skip
     return planes.sum(0).reshape(values.shape)
+
+
+def _table_gradient(
+    query: Tensor, n_k: int, operands: Operands, far: tuple[Tensor | None, ...], call: Call, statistics: dict[str, Any]
+) -> Tensor:
+    """The gradient of a table by distance, in its shape; `far` are the sums `(*batch, H)` beyond its reach."""
+    table, layout, n_q = operands.table, call.layout, query.shape[-2]
+    assert table is not None
+    full = layout.outer, layout.inner, layout.heads
+    own = [size if size == 1 else most for size, most in zip(layout.sizes(table.unsqueeze(-2)), full, strict=True)]
+    offset = operands.offset if operands.offsets is None else operands.offsets[..., None]
+    if isinstance(offset, Tensor):  # which columns are near is then a batch's own
+        own[:2] = full[:2]
+    shared = [most // size for most, size in zip(full, own, strict=True)]
+    reach, last_band = table.shape[-1] // 2, (n_q - 1) // BAND * BAND
+    near = offset - reach + 1 & -BAND
+    near = near.clamp(min=-last_band) if isinstance(near, Tensor) else max(near, -last_band)
+    # As many columns as `near_keys` has at any offset; under a causal mask those behind are not attended to.
+    width = plan.cdiv(min((1 if operands.causal else 2) * reach + 3 * BAND, n_k + last_band), BAND) * BAND
+    step = max(BAND_ENTRIES // (math.prod(own) * BAND**2), 1) * BAND
+    tiles = call.tiles("values", query)
+    total = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
+    for start in range(0, width, step):
+        columns = min(step, width - start)
+        programs = math.prod(own) * (BAND // tiles.block_m) * (columns // tiles.block_n)
+        splits = plan.splits(programs, math.prod(shared) * plan.cdiv(n_q, BAND), query.device)
+        bands = query.new_empty((splits, *own, BAND, columns), dtype=torch.float32)
+        call.launch(
+            table_kernel, (programs * splits, 1), tiles, d_bands=bands, n_outer_shared=shared[0],
+            n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, start=start, width=columns,
+            **statistics,
+        )  # fmt: skip
+        sums = sum_diagonals(bands.sum(0)).reshape(*layout.unfolded(own), -1)
+        total += reduce_to(fold(sums.double(), near + start - (BAND - 1) - offset, table.shape[-1]), table.shape)
+    for place, rows in ((0, far[0]), (-1, far[1])):
+        total[..., place] += reduce_to(rows, table.shape[:-1])
+    return total
 
 
 def _per_head(query: Tensor, tensor: Tensor) -> Tensor:

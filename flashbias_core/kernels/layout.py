@@ -127,6 +127,13 @@ class Layout:
         own = (1,) * (len(self.batch) + 3 - tensor.dim()) + tuple(tensor.shape)
         return prod(own[: self.split]), prod(own[self.split : len(self.batch)]), own[-3]
 
+    def unfolded(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The shape `(*batch, H)` of what has these sizes in outer and inner batch, all of them or 1, and heads."""
+        outer, inner, heads = sizes
+        before = self.batch[: self.split] if outer == self.outer else (1,) * self.split
+        behind = self.batch[self.split :] if inner == self.inner else (1,) * (len(self.batch) - self.split)
+        return *before, *behind, heads
+
 
 def reduce_to(gradient: Tensor | None, shape: torch.Size) -> Tensor:
     """The gradient `(*batch, ...)` summed over what was broadcast from `shape`."""

@@ -17,6 +17,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # what fp32 leaves of it
 LN_2 = tl.constexpr(0.6931471805599453)
+# Tiles of queries divide it. What is near a table's distances is the same for all queries of a band.
+BAND = tl.constexpr(128)
 
 
 class Block(NamedTuple):
@@ -33,7 +35,7 @@ class Terms(NamedTuple):
     """The terms of the bias, None where there is none. Factor columns may be over `unit`.
 
     A matrix is read by pointers, or, where a tensor descriptor sees it as a stack of planes, through that; its strides
-    then count planes.
+    then count planes. A table by distance goes from `-reach` to `reach`.
     """
 
     q_columns: Block | None
@@ -42,6 +44,8 @@ class Terms(NamedTuple):
     q_positions: Block | None
     k_positions: Block | None
     matrix: Block | None
+    table: Block | None
+    reach: int | None
 
 
 class Masks(NamedTuple):
@@ -366,3 +370,32 @@ def add_matrix(b_s, b_matrix, unit):
     if b_matrix is not None:
         b_s = add_scaled(b_s, tl.div_rn(1.0, unit), b_matrix.to(tl.float32))
     return b_s
+
+
+@triton.jit
+def add_table(
+    b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, offset, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Scores with the entries of a table by distance, if there is one.
+
+    A tile that lies beyond the table's reach has the same entry everywhere: of a long row these are most.
+    """
+    if terms.table is not None:
+        p_table = start_of(terms.table, i_o, i_i, i_h) + terms.reach
+        corner = n_first - m_first - offset
+        if (corner + BLOCK_N <= 1 - terms.reach) | (corner - BLOCK_M >= terms.reach - 1):
+            b_s = add_scaled(b_s, 1 / unit, tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach)))
+        else:
+            o_distance = tl.minimum(tl.maximum(o_n - o_m - offset, -terms.reach), terms.reach)
+            b_s = add_scaled(b_s, 1 / unit, tl.load(p_table + o_distance))
+    return b_s
+
+
+@triton.jit
+def near_keys(n_q, band, reach, offset):
+    """Keys [begin, end) near a table's distances: of others, all distances to the band's queries are beyond its reach.
+
+    Multiples of BAND; both move with the band. There are no bands from which keys before `begin` could be reached.
+    """
+    begin = tl.maximum((offset - reach + 1) & -BAND, -((n_q - 1) & -BAND))
+    return band + begin, band + ((offset + reach + 2 * BAND - 2) & -BAND)

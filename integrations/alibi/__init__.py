@@ -15,8 +15,9 @@ of other than two dimensions, other attention implementations than eager and SDP
 
 `configure(served="asked")` serves only models that were opened with `attn_implementation="factored_bias"`, a name that
 is known as soon as this module is imported. Models of other kinds may take that name too: they get the same operator
-with their own masks, T5, mT5 and UMT5 from transformers 5.18 on with their position biases, as dense as they make them.
-After `revert()` the name stays known: BLOOM and MPT run their own code then, Falcon its eager path.
+with their own masks, T5, mT5 and UMT5 from transformers 5.18 on with their position biases, as dense as they make them
+(`flashbias.integrations.t5` has them as tables). After `revert()` the name stays known: BLOOM and MPT run their own
+code then, Falcon its eager path.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashbias.integrations import language_models
 from flashbias.nn import alibi_slopes
 from flashbias.patches import Patch, PatchSet
 
@@ -25,7 +26,7 @@ def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, 
         return masking_utils.create_causal_mask(
             config, inputs_embeds, attention_mask, past_key_values=past_key_values, **kw
         )
-    return _count(hosts.with_cache(inputs_embeds, attention_mask, past_key_values), config, inputs_embeds.device)
+    return _count(Positions.with_cache(inputs_embeds, attention_mask, past_key_values), config, inputs_embeds.device)
 
 
 def update_causal_mask(
@@ -41,7 +42,7 @@ def update_causal_mask(
     if hosts.leaves("BLOOM", self.config._attn_implementation, attention_mask):
         original = self.update_causal_mask_before_flashbias
         return original(attention_mask, input_tensor, cache_position, past_key_values, *others, **options)
-    positions = hosts.with_older_cache(input_tensor, attention_mask, past_key_values, cache_position)
+    positions = Positions.with_older_cache(input_tensor, attention_mask, past_key_values, cache_position)
     return _count(positions, self.config, input_tensor.device)
 
 
@@ -62,7 +63,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """`BloomAttention.forward`: hidden states and residual `(B, N, channels)`."""
     query, key, value = module._reshape(module.query_key_value(hidden_states))
-    key, value = hosts.append(module, layer_past, key, value, options)
+    key, value = language_models.append(module, layer_past, key, value, options)
     out = attention_mask.attend(query, key, value, module.inv_norm_factor)
     out = module.dense(out.transpose(1, 2).flatten(2))
     return residual + F.dropout(out, module.hidden_dropout, module.training), None
@@ -73,14 +74,14 @@ def _not_covered(
 ) -> str | None:
     if module.pretraining_tp > 1 and module.slow_but_exact:
         return "slow_but_exact"
-    return hosts.not_covered(module, hidden_states, module.attention_dropout.p, options)
+    return language_models.not_covered(module, hidden_states, module.head_dim, module.attention_dropout.p, options)
 
 
 def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:
-    return hosts.additive(positions, options["alibi"])
+    return positions.additive(options["alibi"])
 
 
-_replacement = hosts.Attention("alibi: BLOOM", attention, _not_covered, hosts.KEPT, _mask_of)
+_replacement = language_models.Attention("alibi: BLOOM", attention, _not_covered, language_models.KEPT, _mask_of)
 
 
 def forward(
@@ -103,7 +104,7 @@ HOST = PatchSet(
         f"{MODULE}:BloomAttention.forward",
         forward,
         ("self", "hidden_states", "residual", "alibi", "attention_mask", "layer_past"),
-        keep_as=hosts.KEPT,
+        keep_as=language_models.KEPT,
     ),
     Patch(
         f"{MODULE}:BloomModel._update_causal_mask",
@@ -111,13 +112,13 @@ HOST = PatchSet(
         ("self", "attention_mask", "input_tensor", "cache_position", "past_key_values", "output_attentions"),
         keep_as="update_causal_mask_before_flashbias",
     )
-    if hosts.is_older(MODULE)
+    if not language_models.names(MODULE, "create_causal_mask")
     else Patch(
         f"{MODULE}:create_causal_mask",
         create_causal_mask,
         ("config", "inputs_embeds", "attention_mask", "past_key_values"),
     ),
     distribution="transformers",
-    versions=hosts.VERSIONS,
+    versions=language_models.VERSIONS,
     host="transformers' BLOOM",
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashbias.integrations import language_models
 from flashbias.nn import alibi_slopes
 from flashbias.patches import Patch, PatchSet
 
@@ -30,7 +31,7 @@ def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, 
         return masking_utils.create_causal_mask(
             config, inputs_embeds, attention_mask, past_key_values=past_key_values, **kw
         )
-    return _round(hosts.with_cache(inputs_embeds, attention_mask, past_key_values), config, inputs_embeds.device)
+    return _round(Positions.with_cache(inputs_embeds, attention_mask, past_key_values), config, inputs_embeds.device)
 
 
 def update_causal_mask(
@@ -47,7 +48,7 @@ def update_causal_mask(
     if not config.alibi or hosts.leaves("Falcon", config._attn_implementation, attention_mask):
         original = self.update_causal_mask_before_flashbias
         return original(attention_mask, input_tensor, cache_position, past_key_values, *others, **options)
-    positions = hosts.with_older_cache(input_tensor, attention_mask, past_key_values, cache_position)
+    positions = Positions.with_older_cache(input_tensor, attention_mask, past_key_values, cache_position)
     return _round(positions, config, input_tensor.device)
 
 
@@ -71,7 +72,7 @@ def attention(
     """`FalconAttention.forward`: hidden states `(B, N, channels)`."""
     qkv = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (part.transpose(1, 2) for part in qkv)
-    key, value = hosts.append(module, layer_past, key, value, options)
+    key, value = language_models.append(module, layer_past, key, value, options)
     # Heads as a batch, because each has positions of its own.
     key, value = (part.expand(-1, module.num_heads, -1, -1).unsqueeze(2) for part in (key, value))
     positions = attention_mask
@@ -86,18 +87,18 @@ def _not_covered(
 ) -> str | None:
     if alibi is None:
         return "a model without ALiBi"
-    return hosts.not_covered(module, hidden_states, module.attention_dropout.p, options)
+    return language_models.not_covered(module, hidden_states, module.head_dim, module.attention_dropout.p, options)
 
 
 def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:
     alibi = options["alibi"].unflatten(0, (-1, module.num_heads)) * module.inv_norm_factor
     by_sdpa = module.config._attn_implementation == "sdpa" and not options.get("output_attentions")
     if by_sdpa and options.get("head_mask") is None:
-        return hosts.additive(positions, alibi, alibi)
-    return hosts.additive(positions, alibi)  # the eager path adds ALiBi once more than its mask does
+        return positions.additive(alibi, alibi)
+    return positions.additive(alibi)  # the eager path adds ALiBi once more than its mask does
 
 
-_replacement = hosts.Attention("alibi: Falcon", attention, _not_covered, hosts.KEPT, _mask_of)
+_replacement = language_models.Attention("alibi: Falcon", attention, _not_covered, language_models.KEPT, _mask_of)
 
 
 def forward(
@@ -126,7 +127,7 @@ HOST = PatchSet(
         f"{MODULE}:FalconAttention.forward",
         forward,
         ("self", "hidden_states", "alibi", "attention_mask", "position_ids", "layer_past"),
-        keep_as=hosts.KEPT,
+        keep_as=language_models.KEPT,
     ),
     Patch(
         f"{MODULE}:FalconModel._update_causal_mask",
@@ -134,13 +135,13 @@ HOST = PatchSet(
         ("self", "attention_mask", "input_tensor", "cache_position", "past_key_values", "output_attentions", "alibi"),
         keep_as="update_causal_mask_before_flashbias",
     )
-    if hosts.is_older(MODULE)
+    if not language_models.names(MODULE, "create_causal_mask")
     else Patch(
         f"{MODULE}:create_causal_mask",
         create_causal_mask,
         ("config", "inputs_embeds", "attention_mask", "past_key_values"),
     ),
     distribution="transformers",
-    versions=hosts.VERSIONS,
+    versions=language_models.VERSIONS,
     host="transformers' Falcon with ALiBi",
 )

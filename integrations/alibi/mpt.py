@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashbias.integrations import language_models
 from flashbias.integrations.integration import say_once
 from flashbias.patches import Patch, PatchSet
 
@@ -28,7 +29,7 @@ def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, 
         return masking_utils.create_causal_mask(
             config, inputs_embeds, attention_mask, past_key_values=past_key_values, **kw
         )
-    return hosts.with_cache(inputs_embeds, attention_mask, past_key_values)
+    return Positions.with_cache(inputs_embeds, attention_mask, past_key_values)
 
 
 def prepare_causal_mask(
@@ -42,7 +43,9 @@ def prepare_causal_mask(
             attention_mask, input_shape, inputs_embeds, past_key_values_length, *others
         )
     n_q = input_shape[1]
-    return hosts.place(n_q, past_key_values_length + n_q, past_key_values_length, attention_mask, inputs_embeds.device)
+    return Positions.place(
+        n_q, past_key_values_length + n_q, past_key_values_length, attention_mask, inputs_embeds.device
+    )
 
 
 def attention(
@@ -58,7 +61,7 @@ def attention(
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    key, value = hosts.append(module, past_key_values, key, value, options)
+    key, value = language_models.append(module, past_key_values, key, value, options)
     slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
     out = attention_mask.attend(query, key, value, module.softmax_scale, slopes)
     return module.out_proj(out.transpose(1, 2).flatten(2)), None
@@ -74,14 +77,14 @@ def _not_covered(
 ) -> str | None:
     if position_bias is None or position_bias.shape[-1] < 2:
         return "a position bias of less than two keys"
-    return hosts.not_covered(module, hidden_states, module.attn_dropout_p, options)
+    return language_models.not_covered(module, hidden_states, module.head_dim, module.attn_dropout_p, options)
 
 
 def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:
     return ~positions.allowed(options["position_bias"].device)
 
 
-_replacement = hosts.Attention("alibi: MPT", attention, _not_covered, hosts.KEPT, _mask_of)
+_replacement = language_models.Attention("alibi: MPT", attention, _not_covered, language_models.KEPT, _mask_of)
 
 
 def forward(
@@ -123,26 +126,26 @@ HOST = PatchSet(
         f"{MODULE}:MptAttention.forward",
         forward,
         ("self", "hidden_states", "position_bias", "past_key_values", "attention_mask"),
-        keep_as=hosts.KEPT,
+        keep_as=language_models.KEPT,
     ),
     Patch(
         f"{MODULE}:MptModel.forward",
         model_forward,
         ("self",),
-        keep_as=hosts.KEPT,
+        keep_as=language_models.KEPT,
     ),
     Patch(
         f"{MODULE}:_prepare_4d_causal_attention_mask",
         prepare_causal_mask,
         ("attention_mask", "input_shape", "inputs_embeds", "past_key_values_length", "sliding_window"),
     )
-    if hosts.is_older(MODULE)
+    if not language_models.names(MODULE, "create_causal_mask")
     else Patch(
         f"{MODULE}:create_causal_mask",
         create_causal_mask,
         ("config", "inputs_embeds", "attention_mask", "past_key_values"),
     ),
     distribution="transformers",
-    versions=hosts.VERSIONS,
+    versions=language_models.VERSIONS,
     host="transformers' MPT",
 )

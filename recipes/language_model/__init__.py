@@ -1,1 +1,1 @@
-"""ALiBi in language models: its speed at any length, what exact positions are worth, and the models people load."""
+"""ALiBi in language models: its speed, what exact positions are worth, the models people load. T5 in training."""

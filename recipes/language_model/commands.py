@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="ALiBi in language models: speed, accuracy, and whole models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Language models: ALiBi's speed and accuracy, whole models, and T5 in training.", no_args_is_help=True
+)
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.")]
 Out = Annotated[Path | None, typer.Option(help="Folder; by default recipes/results and the device's name.")]
 
@@ -71,3 +73,22 @@ def models(
     from .models import run
 
     raise typer.Exit(run(model or [], [int(word) for word in lengths.split(",")], decode, path, device, out))
+
+
+@app.command()
+def t5(
+    size: Annotated[str, typer.Option(help="t5-large, or tiny-t5.")] = "t5-large",
+    lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "4096",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of so many tokens.")] = 1,
+    compiled: Annotated[bool, typer.Option(help="All of them through torch.compile.")] = False,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """A T5 encoder forward and back, the gradient of its position bias included, stock and patched.
+
+    Beside them the same patched model with torch's attention without any bias, which is wrong, and the bound. Appends
+    to language_model_t5.csv row by row; exit code 1: ours is less accurate than the host.
+    """
+    from .t5 import run
+
+    raise typer.Exit(run(size, [int(word) for word in lengths.split(",")], batch, compiled, device, out))

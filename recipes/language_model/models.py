@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flashbias.errors import FlashBiasError
+
+from .measuring import free, milliseconds, open_rows, reason
 
 BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
 MPT = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 65536}
@@ -48,14 +48,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     conditions = machine.conditions(device) | {"transformers": machine.version("transformers")}
     rows: list[dict[str, Any]] = []
-    with (folder / "language_model_models.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = None
+    with open_rows(folder / "language_model_models.csv") as store:
         for name in names:
             for row in measure(name, lengths, decode, path, device):
                 row |= conditions
-                writer = writer or _writer(file, row)
-                writer.writerow(row)
-                file.flush()
+                store(row)
                 figures = (
                     f"{row['milliseconds'] or '-':>9} ms {row['peak_mib'] or '-':>9} MiB {row['tokens_per_second']}"
                 )
@@ -64,12 +61,6 @@ def run(
     wrong = [row for row in rows if row["attention"] == "flashbias" and not row["accurate"]]
     print(json.dumps({"rows": len(rows), "wrong": len(wrong)}), flush=True)
     return 1 if wrong else 0
-
-
-def _writer(file: Any, row: dict[str, Any]) -> Any:
-    writer = csv.DictWriter(file, row, lineterminator="\n")
-    writer.writeheader()
-    return writer
 
 
 def measure(name: str, lengths: Sequence[int], decode: int, path: Path | None, device: str) -> Iterator[dict[str, Any]]:
@@ -92,16 +83,16 @@ def measure(name: str, lengths: Sequence[int], decode: int, path: Path | None, d
                     yield row | prefill(model, tokens, device)
             except Exception as failure:
                 full = isinstance(failure, torch.OutOfMemoryError)
-                yield row | {"reason": _reason(failure)}
-            _free(device)
+                yield row | {"reason": reason(failure)}
+            free(device)
         if decode:
             row = base | {"work": "decode", "attention": attention, "tokens": decode, "milliseconds": "",
                           "peak_mib": "", "tokens_per_second": "", "reason": ""}  # fmt: skip
             try:
                 yield row | decoding(model, attention, decode, device)
             except Exception as failure:
-                yield row | {"reason": _reason(failure)}
-            _free(device)
+                yield row | {"reason": reason(failure)}
+            free(device)
 
 
 def make(name: str, path: Path | None, device: str) -> Any:
@@ -174,7 +165,7 @@ def check(model: Any, device: str) -> dict[str, Any]:
         with as_asked("stock"):
             oracle = exact(ids, use_cache=False).last_hidden_state
     del exact
-    _free(device)
+    free(device)
     size = oracle.abs().max()
     errors = {name: ((result - oracle).abs().max() / size).item() for name, result in found.items()}
     # In fp32 the host is the measure itself: both are rounded in each of many layers.
@@ -192,7 +183,7 @@ def prefill(model: Any, tokens: int, device: str) -> dict[str, Any]:
     ids = _ids(model, tokens, device)
     with torch.no_grad():
         memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)[1]
-        times = [_milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)]
+        times = [milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)]
     return {"milliseconds": round(sorted(times)[len(times) // 2], 3), "peak_mib": round(memory / 2**20)}
 
 
@@ -211,7 +202,7 @@ def decoding(model: Any, attention: str, tokens: int, device: str) -> dict[str, 
 
         with as_asked(attention):
             step()
-            elapsed = _milliseconds(step, device)
+            elapsed = milliseconds(step, device)
     return {"milliseconds": round(elapsed / DECODED, 3), "tokens_per_second": round(DECODED * 1e3 / elapsed, 2)}
 
 
@@ -220,29 +211,3 @@ def _ids(model: Any, tokens: int, device: str) -> Any:
 
     generator = torch.Generator().manual_seed(tokens)
     return torch.randint(model.config.vocab_size, (1, tokens), generator=generator).to(device)
-
-
-def _milliseconds(work: Callable[[], object], device: str) -> float:
-    import time
-
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) * 1e3
-
-
-def _free(device: str) -> None:
-    import torch
-
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
-def _reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}".splitlines()[0][:160]

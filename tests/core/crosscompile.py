@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from flashbias import biased_attention, plan
 from flashbias.kernels import columns, launch
 
-KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel")
+KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel", "table_kernel")
 COLUMNS = ("largest_kernel", "score_columns_kernel", "gradient_columns_kernel")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",

@@ -41,10 +41,11 @@ class Compilation(Case):
     def spills_allowed(self) -> int:
         """Bytes that a thread may spill where no tile is small enough to avoid it.
 
-        Products of fp32 have their operands in registers in three parts; gradients of factors need columns beside.
+        Products of fp32 have their operands in registers in three parts; gradients of factors need columns beside,
+        and a table's branch a few more than there are.
         """
         c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
-        if self.dtype == torch.float32 and (c > 64 or (factored and c > 32)):
+        if self.dtype == torch.float32 and (c > 64 or ((factored or "table" in self.bias) and c > 32)):
             return 96
         return 64 if factored and c > 128 else 0
 
@@ -60,6 +61,7 @@ BIASES: list[dict[str, Any]] = [
     {"bias": "dense"},
     {"bias": "alibi_symmetric"},
     {"bias": "alibi_positions"},
+    {"bias": "table"},
 ]
 MASKS = [{"mask": mask} for mask in ("none", "causal", "segments", "allowed")]
 # The axes of the full product that the pairs leave out.

@@ -269,6 +269,11 @@ PROBLEMS = {
         "q, k, v = (torch.randn(1, 8192, 16, requires_grad=True) for _ in range(3))",
         "ALiBi(torch.rand(1, requires_grad=True), symmetric=True)",
     ),
+    # One matrix of a table's entries would take 256 MiB.
+    "table": (
+        "q, k, v = (torch.randn(1, 8192, 16, requires_grad=True) for _ in range(3))",
+        "RelativePositionBias(torch.randn(1, 8191, requires_grad=True))",
+    ),
     # Keys and values repeated for the query heads would take 256 MiB.
     "grouped": (
         "q, k, v = (torch.randn(h, n, 64, requires_grad=True) for h, n in ((64, 1), (1, 8192), (1, 8192)))",
@@ -288,7 +293,7 @@ def test_memory_does_not_grow_with_the_square(name: str) -> None:
     tensors, bias = PROBLEMS[name]
     script = f"""
         import torch
-        from flashbias import ALiBi, DenseBias, FactoredBias, biased_attention
+        from flashbias import ALiBi, DenseBias, FactoredBias, RelativePositionBias, biased_attention
 
         def peak():
             with open("/proc/self/status") as lines:

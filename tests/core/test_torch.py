@@ -21,6 +21,7 @@ from flashbias import (
     FactoredBias,
     KeyPadding,
     Mask,
+    RelativePositionBias,
     Segments,
     SpatialDistance,
     biased_attention,
@@ -43,6 +44,7 @@ BIASES: dict[str, Callable[[Tensors], Bias | None]] = {
     "distance": lambda t: SpatialDistance(t["x_q"], t["x_k"], t["weight"]),
     "dense": lambda t: DenseBias(t["values"]),
     "row": lambda t: DenseBias(t["row"]),
+    "table": lambda t: RelativePositionBias(t["table"]),
     "sum": lambda t: FactoredBias(t["q_factor"], t["k_factor"]) + ALiBi(t["slopes"]) + DenseBias(t["values"]),
     "factors": lambda t: FactoredBias(t["q_factor"], t["k_factor"]) + SpatialDistance(t["x_q"], t["x_k"], t["weight"]),
 }
@@ -60,6 +62,7 @@ MASKS: dict[str, Callable[[Tensors], Mask | Tensor | None]] = {
 PAIRS = [
     ("none", "joined"), ("factored", "none"), ("alibi", "causal"), ("symmetric", "offset"), ("positions", "offsets"),
     ("distance", "lengths"), ("dense", "segments"), ("row", "boolean"), ("sum", "causal"), ("factors", "segments"),
+    ("table", "none"), ("table", "offsets"),
 ]  # fmt: skip
 
 
@@ -83,6 +86,7 @@ def make(n_q: int, n_k: int, device: str, *, batch: int = 2, heads: int = 2, dty
         "query": (batch, heads, n_q, 16), "key": (batch, heads, n_k, 16), "value": (batch, heads, n_k, 16),
         "q_factor": (batch, 1, n_q, 3), "k_factor": (heads, n_k, 3), "slopes": (heads,), "x_q": (batch, n_q, 3),
         "x_k": (batch, n_k, 3), "weight": (batch, heads, 1), "values": (heads, n_q, n_k), "row": (batch, 1, 1, n_k),
+        "table": (heads, 11),
     }  # fmt: skip
     tensors = {
         name: torch.randn(shape, device=device, dtype=dtype if name in QKV else torch.float32)
@@ -123,6 +127,7 @@ OPERATORS = [
     Case("alibi_positions", "causal_tensor&segments", broadcast="heads"),
     Case("distance+dense", "lengths&allowed", broadcast="missing", poison=False),
     Case("dense_row", "causal_early", c_v=24, layout="expanded"),
+    Case("table", "causal_tensor&segments", broadcast="batch"),
 ]
 
 
@@ -453,7 +458,7 @@ def test_offsets_past_2_to_the_31(bias: str, n_q: int, n_k: int, device: str) ->
     ("bias", "mask"),
     [
         ("none", "causal"), ("factored", "lengths"), ("alibi", "causal"), ("positions", "segments"),
-        ("distance", "lengths"), ("row", "none"),
+        ("distance", "lengths"), ("row", "none"), ("table", "none"),
     ],
 )  # fmt: skip
 def test_memory_grows_with_the_length(bias: str, mask: str, device: str) -> None:
@@ -461,7 +466,7 @@ def test_memory_grows_with_the_length(bias: str, mask: str, device: str) -> None
     floating = {
         "query": (1, heads, n, 32), "key": (1, heads, n, 32), "value": (1, heads, n, 32), "q_factor": (heads, n, 8),
         "k_factor": (heads, n, 8), "x_q": (n, 3), "x_k": (n, 3), "weight": (heads, n), "row": (heads, 1, n),
-        "slopes": (heads,),
+        "slopes": (heads,), "table": (heads, 255),
     }  # fmt: skip
     tensors = {name: torch.randn(shape, device=device) for name, shape in floating.items()}
     tensors |= {name: tensors[name].half() for name in QKV}

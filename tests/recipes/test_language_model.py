@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from flashbias.recipes.language_model import gpt, models
+from flashbias.recipes.language_model import gpt, models, t5
 from flashbias.recipes.language_model.accuracy import run as train
 
 WAYS = ["torch", "flashbias", "factors in fp16", "factors in bf16"]
@@ -71,3 +71,32 @@ def test_every_attention_has_its_row_and_a_failure_says_why(tmp_path, monkeypatc
     assert [(row["attention"], row["tokens"]) for row in failed] == [("stock", "64")], "more keys than max_seq_len"
     assert all(float(row["milliseconds"]) > 0 for row in rows if not row["reason"])
     assert {row["accurate"] for row in rows} == {"True"}
+
+
+def test_t5_in_training_by_every_attention(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(t5, "CHECKED", 150)
+    monkeypatch.setattr(t5, "REPEATS", 1)
+    assert t5.run("tiny-t5", [40, 64], 2, False, "cpu", tmp_path) == 0
+    rows = read(tmp_path / "language_model_t5.csv")
+    stock = [
+        f"stock {name}" for name in t5.implementations(transformers.T5EncoderModel(transformers.T5Config(**t5.TINY)))
+    ]
+    expected = [(attention, n) for n in ("40", "64") for attention in (*stock, t5.BOUND, t5.OURS)]
+    assert [(row["attention"], row["tokens"]) for row in rows] == expected
+    assert {(row["reason"], row["accurate"]) for row in rows} == {("", "True")}
+    assert all(float(row["milliseconds"]) > 0 for row in rows)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["wrong"] == 0
+    assert set(report["times_faster"]) == {"40", "64"}
+
+
+def test_t5_that_is_wrong_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(t5, "CHECKED", 60)
+    monkeypatch.setattr(t5, "REPEATS", 1)
+    from flashbias.integrations import t5 as integration
+
+    table = integration._table
+    monkeypatch.setattr(integration, "_table", lambda module: table(module) * 1.01)
+    assert t5.run("tiny-t5", [16], 1, False, "cpu", tmp_path) == 1

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from prompts import DEVICE, VOCABULARY
 
 from flashbias.integrations import integration, verify
 from flashbias.integrations._torchvision import make_importable
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCABULARY = 61
 HOSTS = ("bloom", "mpt", "falcon")
 
 # Six heads, because slopes of a number that is no power of two have an order; and what models are opened with.
@@ -114,25 +113,3 @@ def calls(alibi: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(positions, "biased_attention", counting)
     return made
-
-
-def make_ids(batch: int, n: int) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (batch, n), device=DEVICE)
-
-
-def make_mask(kind: str | None, batch: int, n: int) -> torch.Tensor | None:
-    """1 at tokens: padding on the left or the right, of another length in each row but the last, or holes."""
-    if kind is None:
-        return None
-    mask = torch.ones(batch, n, dtype=torch.long, device=DEVICE)
-    for row in range(batch - 1):
-        if kind == "left":
-            mask[row, : 2 + 3 * row] = 0
-        elif kind == "right":
-            mask[row, n - 2 - 3 * row :] = 0
-        elif kind == "holes":
-            mask[row, 1 + row :: 4] = 0
-    return mask
-
-
-MASKS = (None, "left", "right", "holes")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from prompts import DEVICE, make_ids, make_mask
 
-from .conftest import DEVICE, HOSTS, make_ids, make_mask
+from .conftest import HOSTS
 
 
 @pytest.mark.parametrize("kind", HOSTS)

@@ -6,12 +6,13 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from prompts import DEVICE, MASKS, make_ids, make_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flashbias.testing import assert_as_accurate
 
-from .conftest import DEVICE, HOSTS, MASKS, make_ids, make_mask
+from .conftest import HOSTS
 
 LAYERS = {"bloom": "n_layer", "mpt": "n_layers", "falcon": "num_hidden_layers"}
 
@@ -305,12 +306,13 @@ def test_decoding_with_a_static_cache_compiles_once(make_model, stock, transform
 @pytest.mark.parametrize("mask", [None, "left", "right", "holes"])
 def test_long_call_looks_whether_all_tokens_count(make_model, stock, monkeypatch, kind, mask):
     """What it finds changes how it computes, and not what comes out."""
-    from flashbias.integrations.alibi import hosts, positions
+    from flashbias.integrations import language_models
+    from flashbias.integrations.alibi.positions import Positions
 
     made = []
-    place = positions.place
-    monkeypatch.setattr(hosts, "place", lambda *args: made.append(place(*args)) or made[-1])
-    monkeypatch.setattr(positions, "LONG", 8)
+    place = Positions.place
+    monkeypatch.setattr(Positions, "place", lambda *args: made.append(place(*args)) or made[-1])
+    monkeypatch.setattr(language_models, "LONG", 8)
     model, ids = make_model(kind), make_ids(3, 11)
     counts = torch.ones_like(ids) if mask is None else make_mask(mask, 3, 11)
     assert_like_the_host(stock, model, ids, counts)

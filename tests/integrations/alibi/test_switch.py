@@ -3,11 +3,12 @@
 import pytest
 import torch
 from packaging.version import Version
+from prompts import DEVICE, make_ids, make_mask
 
 from flashbias.errors import FlashBiasError, UnsupportedError
 from flashbias.integrations import verify
 
-from .conftest import DEVICE, HOSTS, make_ids, make_mask
+from .conftest import HOSTS
 
 every_host = pytest.mark.parametrize("kind", HOSTS)
 

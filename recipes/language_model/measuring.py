@@ -1,0 +1,52 @@
+"""What the recipes on whole models measure with: times, memory given back, and rows that a cut run leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def open_rows(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes a row to a CSV, at once; the first row's names are the header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writers: list[Any] = []
+
+        def store(row: dict[str, Any]) -> None:
+            if not writers:
+                writers.append(csv.DictWriter(file, row, lineterminator="\n"))
+                writers[0].writeheader()
+            writers[0].writerow(row)
+            file.flush()
+
+        yield store
+
+
+def milliseconds(work: Callable[[], object], device: str) -> float:
+    import time
+
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) * 1e3
+
+
+def free(device: str) -> None:
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:160]

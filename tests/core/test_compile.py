@@ -48,7 +48,7 @@ class Compilation(Case):
         if self.dtype == torch.float32 and c > 64:
             return float("inf")
         if "table" in self.bias and self.dtype == torch.float32 and c > 32:
-            return 64
+            return 80
         return 64 if factored and c > (32 if self.dtype == torch.float32 else 128) else 0
 
 

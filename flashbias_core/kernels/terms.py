@@ -384,10 +384,12 @@ def add_table(
         p_table = start_of(terms.table, i_o, i_i, i_h) + terms.reach
         corner = n_first - m_first - offset
         if (corner + BLOCK_N <= 1 - terms.reach) | (corner - BLOCK_M >= terms.reach - 1):
-            b_s = add_scaled(b_s, 1 / unit, tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach)))
+            b_s = add_scaled(
+                b_s, tl.div_rn(1.0, unit), tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach))
+            )
         else:
             o_distance = tl.minimum(tl.maximum(o_n - o_m - offset, -terms.reach), terms.reach)
-            b_s = add_scaled(b_s, 1 / unit, tl.load(p_table + o_distance))
+            b_s = add_scaled(b_s, tl.div_rn(1.0, unit), tl.load(p_table + o_distance))
     return b_s
 
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from flashbias import ALiBi, Causal, DenseBias, FactoredBias, KeyPadding, biased_attention, reference
+from flashbias import (
+    ALiBi,
+    Causal,
+    DenseBias,
+    FactoredBias,
+    KeyPadding,
+    RelativePositionBias,
+    biased_attention,
+    reference,
+)
 from flashbias.kernels import call, compiled
 from flashbias.kernels.terms import Block
 
@@ -26,7 +35,8 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tensors(device: str) -> dict[str, Tensor]:
     made = {name: torch.randn(2, HEADS, N, C, device=device) for name in ("query", "key", "value")}
-    return made | {"values": torch.randn(HEADS, N, N, device=device), "slopes": torch.rand(HEADS, device=device)}
+    made |= {"values": torch.randn(HEADS, N, N, device=device), "slopes": torch.rand(HEADS, device=device)}
+    return made | {"table": torch.randn(HEADS, 9, device=device)}
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -53,6 +63,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "longer": lambda t: {"mask": KeyPadding(torch.tensor([N, 7], device=t["query"].device))},
     "allowed": lambda t: {"mask": t["values"] > 0},
     "slopes": lambda t: {"bias": ALiBi(t["slopes"])},
+    "table": lambda t: {"bias": RelativePositionBias(t["table"])},
     "symmetric": lambda t: {"bias": ALiBi(t["slopes"], symmetric=True)},
     "dense": lambda t: {"bias": DenseBias(t["values"])},
     "row": lambda t: {"bias": DenseBias(t["values"][:, :1])},

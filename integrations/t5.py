@@ -7,8 +7,8 @@ buckets end, and neither that bias nor a mask is ever made `(B, H, N, N)`; the g
 bias; a layer of UMT5 has its own.
 
 A query that may attend nowhere gets 0; the hosts give it some mean of values. Left to the hosts' own code, said once in
-the log: attention dropout in training (set `dropout_rate=0`; it is 0.1 in T5's configuration, and 0 counts in inference
-anyway), `output_attentions`, head masks, pruned heads, masks of other than two dimensions, other attention
+the log: attention dropout in training (T5's configuration has 0.1: train with `dropout_rate=0` to be served; inference
+has none), `output_attentions`, head masks, pruned heads, masks of other than two dimensions, other attention
 implementations than eager and SDPA.
 """
 

@@ -111,18 +111,29 @@ def _positions_of(hidden_states: Tensor, memory: Tensor | None, mask: Any) -> Po
     return _rows.get(mask, [mask], (n_q, n_k), make)
 
 
-def _table(module: Any) -> Tensor:
+Buckets = Callable[[Any, Tensor], Tensor]  # of distances, by what a layer knows
+
+
+def _shared_buckets(module: Any, distance: Tensor) -> Tensor:
+    """T5's, by a function that knows no layer."""
+    return module._relative_position_bucket(
+        distance,
+        bidirectional=not module.is_decoder,
+        num_buckets=module.relative_attention_num_buckets,
+        max_distance=module.relative_attention_max_distance,
+    )
+
+
+def _own_buckets(module: Any, distance: Tensor) -> Tensor:
+    """UMT5's, by a method."""
+    return module._relative_position_bucket(distance)
+
+
+def _table(module: Any, buckets: Buckets) -> Tensor:
     """The position bias of a layer by distance, `(H, 2 D - 1)` in fp32, which all layers of the stack then share."""
     reach = max(module.relative_attention_max_distance, module.relative_attention_num_buckets)
     distance = torch.arange(-reach, reach + 1, device=module.relative_attention_bias.weight.device)
-    options = {}
-    if isinstance(vars(type(module)).get("_relative_position_bucket"), staticmethod):  # T5's knows no layer
-        options = {
-            "bidirectional": not module.is_decoder,
-            "num_buckets": module.relative_attention_num_buckets,
-            "max_distance": module.relative_attention_max_distance,
-        }
-    return module.relative_attention_bias(module._relative_position_bucket(distance, **options)).t().float()
+    return module.relative_attention_bias(buckets(module, distance)).t().float()
 
 
 def _heads(module: Any, x: Tensor) -> Tensor:
@@ -151,6 +162,7 @@ def _keys_and_values(
 
 
 def attention(
+    buckets: Buckets,
     module: Any,
     hidden_states: Tensor,
     positions: Positions,
@@ -163,7 +175,7 @@ def attention(
     query = _heads(module, module.q(hidden_states))
     key, value = _keys_and_values(module, hidden_states, memory, cache, options)
     if table is None and module.has_relative_attention_bias:
-        table = _table(module)
+        table = _table(module, buckets)
     bias = None if table is None else RelativePositionBias(table)
     out = biased_attention(query, key, value, bias, mask=positions.mask(), scale=1.0)
     assert isinstance(out, Tensor)
@@ -248,7 +260,7 @@ def _t5(name: str) -> PatchSet:
     interface = names(module, "eager_attention_forward")
 
     def compute(*args: Any, **options: Any) -> tuple[Any, ...]:
-        out, table = attention(*args, **options)
+        out, table = attention(_shared_buckets, *args, **options)
         return (out, table, None) if interface else (out, table)
 
     def call(
@@ -281,7 +293,7 @@ def _umt5() -> PatchSet:
     module = "transformers.models.umt5.modeling_umt5"
 
     def compute(*args: Any, **options: Any) -> tuple[Any, ...]:
-        return attention(*args, **options)[0], None
+        return attention(_own_buckets, *args, **options)[0], None
 
     def call(
         original: Any, hidden_states: Tensor, mask: Any, memory: Any, bias: Any, cache: Any, **options: Any

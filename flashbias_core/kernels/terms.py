@@ -383,13 +383,13 @@ def add_table(
     if terms.table is not None:
         p_table = start_of(terms.table, i_o, i_i, i_h) + terms.reach
         corner = n_first - m_first - offset
+        # Only entries come out of the branches: triton 3.6 cannot compile those through which a product goes.
         if (corner + BLOCK_N <= 1 - terms.reach) | (corner - BLOCK_M >= terms.reach - 1):
-            b_s = add_scaled(
-                b_s, tl.div_rn(1.0, unit), tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach))
-            )
+            b_entry = tl.zeros_like(b_s) + tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach))
         else:
             o_distance = tl.minimum(tl.maximum(o_n - o_m - offset, -terms.reach), terms.reach)
-            b_s = add_scaled(b_s, tl.div_rn(1.0, unit), tl.load(p_table + o_distance))
+            b_entry = tl.load(p_table + o_distance)
+        b_s = add_scaled(b_s, tl.div_rn(1.0, unit), b_entry)
     return b_s
 
 

@@ -45,7 +45,7 @@ class Compilation(Case):
         and a table's branch a few more than there are.
         """
         c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
-        if self.dtype == torch.float32 and (c > 64 or ((factored or "table" in self.bias) and c > 32)):
+        if self.dtype == torch.float32 and (c > 64 or factored or "table" in self.bias):
             return 96
         return 64 if factored and c > 128 else 0
 

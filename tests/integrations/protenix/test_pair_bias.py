@@ -62,8 +62,9 @@ def test_output_and_gradients_are_those_of_the_host(host, stock, calls, n, head_
         if autocast:
             assert_as_accurate(name, ours[name], theirs[name], exact[name], torch.bfloat16)
         else:
-            rounding = 2e-6 * max(1.0, exact[name].abs().max().item())  # of both: 17 eps of the largest entry
-            torch.testing.assert_close(ours[name], exact[name], rtol=1e-5, atol=rounding, msg=name)
+            # By norms, since single entries of two computations in fp32 are wrong by chance.
+            eps = torch.finfo(torch.float32).eps
+            assert (ours[name] - exact[name]).norm() <= 32 * eps * exact[name].norm().clamp(min=1.0), name
 
 
 def test_samples_share_the_bias(host, calls):

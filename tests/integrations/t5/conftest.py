@@ -90,11 +90,12 @@ def make_model(t5: Any, transformers: Any) -> Callable[..., Any]:
 def calls(t5: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The shapes of queries and keys, the bias and the mask of every call of the operator by the replacement."""
     made: list[Any] = []
-    operator = t5.biased_attention
+    layer = importlib.import_module("flashbias.integrations.t5.attention")
+    operator = layer.biased_attention
 
     def counting(query: Any, key: Any, value: Any, bias: Any, **options: Any) -> Any:
         made.append((query.shape, key.shape, bias, options["mask"]))
         return operator(query, key, value, bias, **options)
 
-    monkeypatch.setattr(t5, "biased_attention", counting)
+    monkeypatch.setattr(layer, "biased_attention", counting)
     return made

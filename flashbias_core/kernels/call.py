@@ -189,7 +189,7 @@ def prepare(
     ]
     q, k, v = blocks[: len(INPUTS)]
     reach = None if o.table is None else o.table.shape[-1] // 2
-    terms = Terms(*blocks[len(INPUTS) : -len(MASKS)], reach)
+    terms = Terms(*(*blocks[len(INPUTS) : -len(MASKS)], reach))
     sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
     return Call(frame, frame.layout, q, k, v, values, sizes, frame.constants)
 

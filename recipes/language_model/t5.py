@@ -113,21 +113,22 @@ def as_asked(model: Any, attention: str) -> Iterator[None]:
     import torch.nn.functional as F
 
     from flashbias.integrations import t5
+    from flashbias.integrations.t5 import attention as layer
 
     def without_bias(query: Any, key: Any, value: Any, bias: Any, *, mask: Any, scale: float) -> Any:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
-    operator = t5.biased_attention
+    operator = layer.biased_attention
     (t5.revert if attention.startswith("stock") else t5.apply)()
     if attention == BOUND:
-        t5.biased_attention = without_bias  # type: ignore[assignment]
+        layer.biased_attention = without_bias  # type: ignore[assignment]
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = attention.split()[-1] if attention.startswith("stock") else "eager"
     try:
         yield
     finally:
-        t5.biased_attention = operator
+        layer.biased_attention = operator
         t5.revert()
 
 

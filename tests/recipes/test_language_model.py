@@ -95,8 +95,8 @@ def test_t5_that_is_wrong_is_told(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(t5, "CHECKED", 60)
     monkeypatch.setattr(t5, "REPEATS", 1)
-    from flashbias.integrations import t5 as integration
+    from flashbias.integrations.t5 import attention as layer
 
-    table = integration._table
-    monkeypatch.setattr(integration, "_table", lambda module: table(module) * 1.01)
+    table = layer.make_table
+    monkeypatch.setattr(layer, "make_table", lambda *layer_and_buckets: table(*layer_and_buckets) * 1.01)
     assert t5.run("tiny-t5", [16], 1, False, "cpu", tmp_path) == 1

@@ -1,6 +1,8 @@
-"""What language models are given in tests: tokens, and masks of every kind."""
+"""What language models are given in tests: tokens, and masks of every kind; and how large what they make of them is."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 61
@@ -26,3 +28,15 @@ def make_mask(kind: str | None, batch: int, n: int) -> torch.Tensor | None:
 
 
 MASKS = (None, "left", "right", "holes")
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor has that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.entries = max([self.entries, *made])
+        return result

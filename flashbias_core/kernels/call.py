@@ -126,18 +126,11 @@ class Call:
     """What all kernels of one call take."""
 
     frame: Frame
-    layout: Layout
     q: Block
     k: Block
     v: Block
     values: Tensor | None
     sizes: dict[str, Any]
-    constants: dict[str, Any]
-
-    @property
-    def long(self) -> bool:
-        """Whether rows are long, and no dense bias takes registers too."""
-        return self.frame.traits["LONG"]
 
     def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
         """The tiles of a kernel for this call."""
@@ -156,7 +149,7 @@ class Call:
         if tiles is not None:
             options = tiles.options()
             arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}
-            arguments.update(self.sizes, **self.constants)
+            arguments.update(self.sizes, **self.frame.constants)
         compiled.launch(kernel, grid, arguments, options, self.frame.compiled, key)
 
 
@@ -191,7 +184,7 @@ def prepare(
     reach = None if o.table is None else o.table.shape[-1] // 2
     terms = Terms(*(*blocks[len(INPUTS) : -len(MASKS)], reach))
     sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
-    return Call(frame, frame.layout, q, k, v, values, sizes, frame.constants)
+    return Call(frame, q, k, v, values, sizes)
 
 
 def _positions(positions: Tensor | None) -> Tensor | None:

@@ -43,13 +43,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
         if splits > 1:
             parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
         call.launch(
-            forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits, LONG=call.long,
-            IN_PARTS=splits > 1,
+            forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits,
+            LONG=call.frame.traits["LONG"], IN_PARTS=splits > 1,
         )  # fmt: skip
         if splits > 1:
             call.launch(
                 combine_kernel, (lse.numel(), 1), out_parts=parts[0], lse_parts=parts[1], out=out, lse=lse,
-                n_splits=splits, C_V=value.shape[-1], WIDTH_V=call.constants["WIDTH_V"],
+                n_splits=splits, C_V=value.shape[-1], WIDTH_V=call.frame.constants["WIDTH_V"],
                 BLOCK=1 << (splits - 1).bit_length(),
             )  # fmt: skip
     return out, lse
@@ -85,12 +85,12 @@ def backward(
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
-        statistics = {"d_out": call.layout.block(grad_out), "level": level, "delta": delta, "low": low}
+        statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
         call.launch(
             delta_kernel, (plan.cdiv(query.shape[-2], DELTA_ROWS) * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
-            out=call.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
-            n_inner=call.layout.inner, n_heads=query.shape[-3], unit=scale, C_V=out.shape[-1],
-            WIDTH_V=call.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
+            out=call.frame.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
+            n_inner=call.frame.layout.inner, n_heads=query.shape[-3], unit=scale, C_V=out.shape[-1],
+            WIDTH_V=call.frame.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
         )  # fmt: skip
         # First the queries' side, which improves the statistics for the others where their gradients need it.
         if better or names & {"query", "q_factor"}:
@@ -173,7 +173,7 @@ def _slices(side: GradientColumns | None) -> list[tuple[int, int]]:
 
 
 def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> Block | None:
-    return None if side is None else call.layout.block(side.columns[..., start:stop])
+    return None if side is None else call.frame.layout.block(side.columns[..., start:stop])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -186,7 +186,7 @@ def _is_split(side: GradientColumns | None) -> bool:
 
 def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statistics: dict[str, Any]) -> Tensor:
     """The gradient of a dense bias, in its shape: one program sums one tile over all that shares it."""
-    layout, n_q = call.layout, query.shape[-2]
+    layout, n_q = call.frame.layout, query.shape[-2]
     own = layout.sizes(values)
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
     one_row = values.shape[-2] == 1 and n_q > 1
@@ -207,7 +207,7 @@ def _table_gradient(
     query: Tensor, n_k: int, operands: Operands, far: tuple[Tensor | None, ...], call: Call, statistics: dict[str, Any]
 ) -> Tensor:
     """The gradient of a table by distance, in its shape; `far` are the sums `(*batch, H)` beyond its reach."""
-    table, layout, n_q = operands.table, call.layout, query.shape[-2]
+    table, layout, n_q = operands.table, call.frame.layout, query.shape[-2]
     assert table is not None
     full = layout.outer, layout.inner, layout.heads
     own = [size if size == 1 else most for size, most in zip(layout.sizes(table.unsqueeze(-2)), full, strict=True)]

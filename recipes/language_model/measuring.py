@@ -11,12 +11,21 @@ from typing import Any
 
 
 @contextmanager
-def open_rows(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes a row to a CSV, at once; the first row's names are the header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+def open_rows(name: str, device: str, out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes a row to a CSV, at once, with what it was measured on.
+
+    The first row's names are the header. In the folder `out`, or where results of that device are kept.
+    """
+    from flashbias.recipes import machine
+
+    folder = out or Path("recipes", "results", machine.folder_name(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    conditions = machine.conditions(device) | {"transformers": machine.version("transformers")}
+    with (folder / name).open("w", newline="", encoding="utf-8") as file:
         writers: list[Any] = []
 
         def store(row: dict[str, Any]) -> None:
+            row = row | conditions
             if not writers:
                 writers.append(csv.DictWriter(file, row, lineterminator="\n"))
                 writers[0].writeheader()

@@ -44,14 +44,10 @@ def run(
     unknown = [name for name in names if name not in MODELS]
     if unknown or (path is not None and len(names) > 1):
         raise FlashBiasError(f"--model {','.join(names)}", "one of " + ", ".join(MODELS), "with --path name one model")
-    folder = out or Path("recipes", "results", machine.folder_name(device))
-    folder.mkdir(parents=True, exist_ok=True)
-    conditions = machine.conditions(device) | {"transformers": machine.version("transformers")}
     rows: list[dict[str, Any]] = []
-    with open_rows(folder / "language_model_models.csv") as store:
+    with open_rows("language_model_models.csv", device, out) as store:
         for name in names:
             for row in measure(name, lengths, decode, path, device):
-                row |= conditions
                 store(row)
                 figures = (
                     f"{row['milliseconds'] or '-':>9} ms {row['peak_mib'] or '-':>9} MiB {row['tokens_per_second']}"

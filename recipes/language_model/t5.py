@@ -29,13 +29,10 @@ def run(size: str, lengths: Sequence[int], batch: int, compiled: bool, device: s
     device = machine.choose_device(device)
     if size not in SIZES:
         raise FlashBiasError(f"--size {size}", "one of " + ", ".join(SIZES), "choose one of these")
-    folder = out or Path("recipes", "results", machine.folder_name(device))
-    folder.mkdir(parents=True, exist_ok=True)
-    conditions = machine.conditions(device) | {"transformers": machine.version("transformers")}
     rows: list[dict[str, Any]] = []
-    with open_rows(folder / "language_model_t5.csv") as store:
+    with open_rows("language_model_t5.csv", device, out) as store:
         for row in measure(size, lengths, batch, compiled, device):
-            store(row | conditions)
+            store(row)
             print(
                 f"{size:9} {row['attention']:26} {row['tokens']:6} {row['milliseconds'] or '-':>9} ms "
                 f"{row['peak_mib'] or '-':>7} MiB {row['times_faster'] or '-':>5} {row['reason']}",

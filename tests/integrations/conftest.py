@@ -32,9 +32,11 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("FLASHBIAS_DISABLE", "FLASHBIAS_VERIFY", "FLASHBIAS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     integration._said.clear()
+    integration._called.clear()
     verify.forget()
     profile.forget()
     yield
+    verify.forget()
     torch.compiler.reset()
 
 
@@ -81,18 +83,33 @@ def microsoft(import_models: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def stock(swin_v2: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+def applied(swin_v2: Any) -> Any:
+    """The integration that `stock` takes out for a while; each folder has its own."""
+    return swin_v2
+
+
+@pytest.fixture
+def stock(applied: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """`with stock(): ...` runs the host's own code."""
 
     @contextlib.contextmanager
     def inside() -> Iterator[None]:
-        swin_v2.revert()
+        applied.revert()
         try:
             yield
         finally:
-            swin_v2.apply()
+            applied.apply()
 
     return inside
+
+
+@pytest.fixture
+def transformers() -> Any:
+    """The library, whichever version stands first on the path."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    make_importable()
+    return importlib.import_module("transformers")
 
 
 def give_structure(module: torch.nn.Module) -> torch.nn.Module:

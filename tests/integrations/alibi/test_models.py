@@ -6,9 +6,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
-from prompts import DEVICE, MASKS, make_ids, make_mask
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from prompts import DEVICE, MASKS, Largest, make_ids, make_mask
 
 from flashbias.testing import assert_as_accurate
 
@@ -195,18 +193,6 @@ def test_chunks_and_steps_through_a_static_cache(make_model, stock, calls, trans
     tokens = tokens_of(mask, ids)
     torch.testing.assert_close(torch.cat(parts, 1)[tokens], expected[tokens], rtol=1e-4, atol=1e-4)
     assert {key[-2] for _, key, _ in calls} == {16}
-
-
-class Largest(TorchDispatchMode):
-    """How many entries the largest tensor has that an operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.entries = max([self.entries, *made])
-        return result
 
 
 @every_host

@@ -3,7 +3,6 @@
 It is not packaged: a stand-in of ours in `checkout/`, or with `NEURAL_SOLVER_LIBRARY` a real checkout.
 """
 
-import contextlib
 import importlib
 import os
 import sys
@@ -59,18 +58,8 @@ def host(load: Callable[..., ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def stock(neural_solver: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """`with stock(): ...` runs the host's own code."""
-
-    @contextlib.contextmanager
-    def inside() -> Iterator[None]:
-        neural_solver.revert()
-        try:
-            yield
-        finally:
-            neural_solver.apply()
-
-    return inside
+def applied(neural_solver: Any) -> Any:
+    return neural_solver
 
 
 def options(space: int = 2, features: int = 0, layers: int = 2, **others: Any) -> SimpleNamespace:

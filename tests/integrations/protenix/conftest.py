@@ -4,7 +4,6 @@ Protenix pins a torch of its own, so nothing installs it for tests: they use a s
 `FLASHBIAS_PROTENIX_PATH`, the real one in a folder (made by `pip install --no-deps --target`).
 """
 
-import contextlib
 import importlib
 import os
 import sys
@@ -51,18 +50,8 @@ def protenix(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
 
 
 @pytest.fixture
-def stock(protenix: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """`with stock(): ...` runs the host's own code."""
-
-    @contextlib.contextmanager
-    def inside() -> Iterator[None]:
-        protenix.revert()
-        try:
-            yield
-        finally:
-            protenix.apply()
-
-    return inside
+def applied(protenix: Any) -> Any:
+    return protenix
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 `make test-transformers4` runs these tests on the older major version of transformers.
 """
 
-import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -13,26 +12,8 @@ import pytest
 import torch
 from prompts import DEVICE, VOCABULARY
 
-from flashbias.integrations import integration, verify
-from flashbias.integrations._torchvision import make_importable
-
 HOSTS = ("T5", "MT5", "UMT5")
 LAYERS = 2
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    integration._called.clear()
-    yield
-    verify.forget()
-
-
-@pytest.fixture
-def transformers() -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    make_importable()
-    return importlib.import_module("transformers")
 
 
 @pytest.fixture
@@ -45,18 +26,8 @@ def t5(transformers: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def stock(t5: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """`with stock(): ...` runs the host's own code."""
-
-    @contextlib.contextmanager
-    def inside() -> Iterator[None]:
-        t5.revert()
-        try:
-            yield
-        finally:
-            t5.apply()
-
-    return inside
+def applied(t5: Any) -> Any:
+    return t5
 
 
 @pytest.fixture

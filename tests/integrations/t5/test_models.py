@@ -5,9 +5,7 @@ import inspect
 
 import pytest
 import torch
-from prompts import DEVICE, MASKS, make_ids, make_mask
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from prompts import DEVICE, MASKS, Largest, make_ids, make_mask
 
 from flashbias import Causal, RelativePositionBias
 from flashbias.testing import assert_as_accurate
@@ -187,18 +185,6 @@ def test_generate_with_a_static_cache(make_model, stock, calls, kind):
     assert len({key for query, key, bias, _ in calls if query[-2] == 1 and bias is not None}) == 1
     with stock():
         assert torch.equal(ours, write())
-
-
-class Largest(TorchDispatchMode):
-    """How many entries the largest tensor has that an operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.entries = max([self.entries, *made])
-        return result
 
 
 @every_host

@@ -15,6 +15,8 @@ from .errors import DeviceError, UnsupportedError
 BACKENDS = ("auto", "cpu", "triton")
 LONG = 1024  # keys
 FEW = 16  # queries
+LOADER = 24  # registers of a warp that loads
+TEAM_WORK = 1 << 27  # scores from which teams pay: what describes tensors to them takes the host longer
 PART = 512  # keys that a program gets at least where several share a tile's
 
 
@@ -57,6 +59,8 @@ class Tiles:
     columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
     badly over many warps: 64 columns can need fewer registers than 16.
     registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
+    teams: of warps, each with a tile of queries of its own, beside one warp that loads (kernels/hopper.py); or 0. Then
+    `registers` are those of a thread on the average.
     """
 
     block_m: int
@@ -65,6 +69,7 @@ class Tiles:
     num_stages: int
     columns: int = 16
     registers: int = 0
+    teams: int = 0
 
     def options(self) -> dict[str, Any]:
         """As a launch takes them."""
@@ -75,8 +80,12 @@ class Tiles:
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # said outright, since triton's default is to change
         }
-        # Another version of the compiler, which needs more, would spill them.
-        capped = self.registers and _triton_version() == (3, 6)
+        if self.teams:
+            # Registers go from the four warps around the one that loads to the teams, in steps of eight.
+            spare = self.registers * 4 * (self.teams + 1) - LOADER * 4
+            options |= {"TEAMS": self.teams, "REGISTERS": spare // (4 * self.teams) // 8 * 8, "STAGES": self.num_stages}
+        # Without teams another version of the compiler, which needs more, would spill them.
+        capped = self.registers and (self.teams or _triton_version() == (3, 6))
         return options | {"maxnreg": self.registers} if capped else options
 
 
@@ -102,11 +111,11 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers, at head dims up to
-# 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the traits in `select`.
-# For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the others nothing was
-# measured: they are chosen to compile within the shared memory and, but for what tests/core/test_compile.py names,
-# without spills.
+# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers / teams, at head dims
+# up to 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the traits in
+# `select`. For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the others
+# nothing was measured: they are chosen to compile within the shared memory and, but for what tests/core/test_compile.py
+# names, without spills.
 TILES = {
     "hopper": {
         "forward few pairs":  "16x64/4/3          16x64/4/3         16x64/4/2     16x16/4/2",
@@ -122,6 +131,11 @@ TILES = {
         "forward pairs":      "64x64/4/3          64x64/4/3         64x32/8/2     64x32/8/2",
         "forward positions":  "64x64/4/3          128x64/8/3        128x64/8/3    64x32/8/2",
         "forward rank":       "128x64/8/3         128x64/8/3        32x32/4/2     64x32/8/2",
+        "teams rank causal":  "64x64/4/2/16/80/1  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
+        "teams rank":         "64x64/4/2/16/80/2  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
+        "teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
+        "teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
+        "teams":              "64x64/4/2/16/64/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
         "queries":            "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2    32x32/8/1",
         "queries slopes":     "64x64/4/3/16/168   64x64/4/3         64x32/4/2     32x32/8/1",
         "queries dense":      "64x64/4/3          64x64/4/2         64x32/8/2     32x32/8/1",
@@ -204,7 +218,9 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
     traits = {
         "few pairs": constants["FEW"] and (wide or pairs),
         "few": constants["FEW"],
+        "rank causal": wide and constants["CAUSAL"],
         "rank": wide,
+        "causal": constants["CAUSAL"],
         "dense": constants["DENSE"] and constants["BARE"] and rank == 0,
         "only table": constants["TABLE"] and not (rank or constants["DENSE"] or constants["ALLOWED"] or tied),
         "table ids": constants["TABLE"] and constants["POSITIONS"],
@@ -227,6 +243,29 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
 @cache
 def _parse(text: str) -> Tiles:
     return Tiles(*map(int, text.replace("x", "/").split("/")))
+
+
+def teams(query: torch.Tensor, n_k: int, constants: Mapping[str, Any]) -> Tiles | None:
+    """The tiles with which `kernels/hopper.py` serves a forward call, or None where the general kernel does.
+
+    `constants` as for `tiles`, and PLAIN: no mask but the causal one, and of the bias' terms only factors and slopes by
+    order, all in tensors that can be copied tile by tile.
+    """
+    if not constants["PLAIN"] or not has_teams(query.device):
+        return None
+    rows, n_q = query.shape[:-2].numel(), query.shape[-2]
+    if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > 128:
+        return None
+    found = select("teams", (9, 0), 2, constants)
+    programs = cdiv(n_q, found.block_m * found.teams) * rows
+    worth = rows * n_q * n_k >= TEAM_WORK and programs >= _processors(query.device)
+    return found if worth and n_q > FEW else None
+
+
+@cache
+def has_teams(device: torch.device) -> bool:
+    """Whether teams of warps can be had there: on Hopper, in triton since 3.6."""
+    return device.type == "cuda" and _capability(device)[0] == 9 and _triton_version() >= (3, 6)
 
 
 def precision(dtype: torch.dtype, width: int, device: torch.device) -> str:

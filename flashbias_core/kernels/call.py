@@ -54,6 +54,8 @@ class Frame:
 
     strides: of the blocks, in the order of `AXES`; None where there is no tensor, or it has to be copied first.
     planes: shape and strides of a dense bias as a tensor descriptor reads it; None where it does not.
+    tensors: shapes and strides of queries, keys, values and factor columns as tensor descriptors read them; empty where
+    they do not.
     sizes, constants: arguments of the kernels. traits: what `plan.tiles` wants to know beside.
     compiled: kernels that were launched before, by what else their code depends on.
     """
@@ -61,6 +63,7 @@ class Frame:
     layout: Layout
     strides: tuple[tuple[int, int, int, int] | None, ...]
     planes: tuple[list[int], list[int]] | None
+    tensors: dict[str, tuple[list[int], list[int]]]
     sizes: dict[str, Any]
     constants: dict[str, Any]
     traits: dict[str, Any]
@@ -118,7 +121,11 @@ def _frame(
     planes = _planes(given["values"][0]) if descriptors and "values" in given else None
     if planes is not None:
         strides["values"] = _count_planes(strides["values"], planes[1][0])
-    return Frame(layout, tuple(map(strides.get, AXES)), planes, sizes, constants, constants | traits)
+    copied = [name for name in (*INPUTS, "q_columns", "k_columns") if name in lie]
+    tensors = {name: _described(lie[name], strides[name], layout) for name in copied}
+    plain = set(given) <= {*INPUTS, "q_columns", "k_columns", "slopes"} and folded and not symmetric
+    traits["PLAIN"] = plain and None not in tensors.values()
+    return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits)
 
 
 @dataclass
@@ -227,6 +234,18 @@ def _planes(values: Geometry) -> tuple[list[int], list[int]] | None:
         return None
     plane = outer[-1][1] if outer else n_q * row
     return [prod(size for size, _ in outer), n_q, n_k], [plane, row, column]
+
+
+def _described(
+    known: Geometry, strides: tuple[int, int, int, int] | None, layout: Layout
+) -> tuple[list[int], list[int]] | None:
+    """Shape and strides over outer and inner batch, head, row and column; None where hardware could not copy tiles."""
+    if strides is None or known.place or any(stride * known.dtype.itemsize % 16 for stride in strides):
+        return None
+    heads, n_rows, columns = (1, *known.shape)[-3:]
+    sizes = [size if stride else 1 for size, stride in zip((layout.outer, layout.inner, heads), strides, strict=False)]
+    # Of a dimension of size 1 the stride is of no use, but has to be one.
+    return [*sizes, n_rows, columns], [*(stride or strides[3] for stride in strides), 1]
 
 
 def _count_planes(strides: tuple[int, int, int, int] | None, plane: int) -> tuple[int, int, int, int]:

@@ -36,6 +36,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
         return out.zero_(), lse.fill_(-torch.inf)
     with _on(query):
         call = prepare(query, key, value, operands, scale)
+        teams = plan.teams(query, key.shape[-2], call.frame.traits)
+        if teams:
+            from . import hopper  # not everywhere can its language be imported
+
+            hopper.forward(call, teams, out, lse)
+            return out, lse
         tiles = call.tiles("forward", query)
         programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
         splits = plan.key_splits(programs, key.shape[-2], query.device)

@@ -1,6 +1,6 @@
 """Compile the operator's kernels for any architecture, on a machine without a GPU.
 
-Reads one JSON object a line, `{"arch": 90, "bias": "dense", "dtype": "bfloat16", "c": 64, ...}` with fields of
+Reads one JSON object a line, `{"arch": 90, "teams": false, "bias": "dense", "dtype": "bfloat16", ...}` with fields of
 `cases.Case`, and prints one per kernel: number of the request, tile, shared memory and spills in bytes, registers.
 `tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward,
 and what makes their columns; only the launch itself is replaced.
@@ -22,6 +22,7 @@ import torch
 import triton
 from cases import Case, build
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashbias import biased_attention, plan
@@ -44,7 +45,9 @@ def describe(value: Any, path: tuple[int, ...], specialize: bool, constants: dic
         constants[path] = value
         return "constexpr"
     if type(value).__name__ == "TensorDescriptor":
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        shape = ",".join(map(str, value.block_shape))
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{TYPES[value.base.dtype]}[{shape}]{layout}>"
     if isinstance(value, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return "*" + TYPES[value.dtype]
@@ -85,7 +88,7 @@ class Recorder:
             else:
                 specialize = not parameter.do_not_specialize
                 signature[parameter.name] = describe(value, (i,), specialize, constants, attributes)
-        source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        source = source_of(self.kernel)(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         options |= {"maxnreg": maxnreg} if maxnreg else {}
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
@@ -96,8 +99,30 @@ class Recorder:
                 "registers": registers, "spills": spills, "warps": num_warps, "stages": num_stages,
                 "tile": [values.get("BLOCK_M"), values.get("BLOCK_N")],
                 "wgmma": "wgmma" in compiled.asm["ptx"],
+                "serial": source_of(self.kernel) is not ASTSource and is_serial(compiled.asm["ptx"]),
             }
         )  # fmt: skip
+
+
+def source_of(kernel: Any) -> type[ASTSource]:
+    """The language that a kernel is written in."""
+    if not getattr(kernel, "is_gluon", bool)():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def is_serial(ptx: str) -> bool:
+    """Whether the assembler lets products that were started together run one by one, of which it warns only."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        done = subprocess.run(
+            [get_ptxas(90).path, "-arch=sm_90a", file, "-o", file.with_suffix(".cubin")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return "serialized" in done.stderr
 
 
 def resources(cubin: bytes, ptx: str) -> tuple[int, int]:
@@ -115,13 +140,18 @@ def resources(cubin: bytes, ptx: str) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Reports of all kernels that `run()` would launch on a device of that architecture."""
+def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list[dict[str, Any]]:
+    """Reports of all kernels that `run()` would launch on a device of that architecture, with teams where they can."""
     reports: list[dict[str, Any]] = []
     places = [(launch, name) for name in KERNELS] + [(columns, name) for name in COLUMNS]
+    if teams:
+        from flashbias.kernels import hopper
+
+        places.append((hopper, "forward_teams_kernel"))
     kept = {(module, name): getattr(module, name) for module, name in places}
     kept_tiles, kept_backend = plan.tiles, plan.backend
     kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6
+    kept_teams, kept_work = plan.has_teams, plan.TEAM_WORK
 
     def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
         return plan.select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
@@ -131,6 +161,7 @@ def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
     plan.tiles, plan.backend = tiles, lambda device: "triton"
     plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
     plan.has_bf16x6 = lambda device: kept_bf16x6(torch.device("cuda"))
+    plan.has_teams, plan.TEAM_WORK = (lambda device: teams), 0
     try:
         run()
     finally:
@@ -138,11 +169,12 @@ def compile_call(arch: int, run: Callable[[], Any]) -> list[dict[str, Any]]:
             setattr(module, name, kernel)
         plan.tiles, plan.backend = kept_tiles, kept_backend
         plan.has_descriptors, plan.has_bf16x6 = kept_descriptors, kept_bf16x6
+        plan.has_teams, plan.TEAM_WORK = kept_teams, kept_work
     return reports
 
 
-def compile_case(arch: int, case: Case) -> list[dict[str, Any]]:
-    """Reports of the kernels of a case, with gradients of all that has one."""
+def compile_case(arch: int, case: Case, teams: bool = False) -> list[dict[str, Any]]:
+    """Reports of the kernels of a case: with gradients of all that has one, or with teams, forward."""
     inputs = build(case)
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
 
@@ -151,6 +183,8 @@ def compile_case(arch: int, case: Case) -> list[dict[str, Any]]:
         out = biased_attention(
             leaves["query"], leaves["key"], leaves["value"], bias, mask=inputs.mask, return_lse=True, scale=case.scale
         )
+        if teams:
+            return
         torch.autograd.grad(
             [out[name == "lse"] for name in inputs.cotangents],
             list(leaves.values()),
@@ -158,7 +192,7 @@ def compile_case(arch: int, case: Case) -> list[dict[str, Any]]:
             materialize_grads=True,
         )
 
-    return compile_call(arch, run)
+    return compile_call(arch, run, teams)
 
 
 def main() -> None:
@@ -167,10 +201,10 @@ def main() -> None:
         raise SystemExit("found: TRITON_INTERPRET=1; wanted: a process that compiles; remedy: unset it")
     for i, line in enumerate(sys.stdin):
         fields = json.loads(line)
-        arch = fields.pop("arch")
+        arch, teams = fields.pop("arch"), fields.pop("teams", False)
         case = Case(**fields | {"dtype": getattr(torch, fields["dtype"]), "batch": tuple(fields.get("batch", (2,)))})
         try:
-            reports = compile_case(arch, case)
+            reports = compile_case(arch, case, teams)
         except Exception as caught:
             error: BaseException = caught
             while error.__cause__ is not None:  # of an error inside of a function that a kernel calls

@@ -1,0 +1,334 @@
+"""Attention, forward, on Hopper: one warp loads, teams of four warps compute, each for a tile of queries of its own.
+
+What is computed is told in `forward.py`. Here tensor cores form the next tile's scores and add to the output while the
+other units are at this tile's softmax, and teams do not wait for each other. Gluon can say so, Triton cannot.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flashbias import plan
+
+from . import compiled, terms
+from .call import Call
+
+WARPS = gl.constexpr(4)  # of a team: as many as form one product together
+LOG2_E = gl.constexpr(terms.LOG2_E.value)
+LOADER = gl.constexpr(plan.LOADER)
+copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
+
+
+@gluon.jit
+def start_copy(x, i_o, i_i, i_h, first, column, ready, room):
+    """Start to copy rows `first ...` and columns `column ...` of a tensor; what it broadcasts over has size 1."""
+    i_o = gl.minimum(i_o, x.shape[0] - 1)
+    i_i = gl.minimum(i_i, x.shape[1] - 1)
+    i_h = gl.minimum(i_h, x.shape[2] - 1)
+    copy(x, [i_o, i_i, i_h, first, column], ready, room)
+
+
+@gluon.jit
+def rooms_for(x, NUMBER: gl.constexpr):
+    """Shared memory for so many tiles of a tensor."""
+    return gl.allocate_shared_memory(x.dtype, [NUMBER] + x.block_shape, x.layout)  # noqa: RUF005 - Gluon knows no other
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr):
+    """The warp that loads: queries for every team, then keys and values tile by tile, the last ones first."""
+    q, k, v = tensors[0], tensors[1], tensors[2]
+    q_ready, k_ready, v_ready = ready
+    k_free, v_free = free
+    i_o, i_i, i_h, i_kv, m_first, n_tiles = place
+    TEAMS: gl.constexpr = rooms[0].shape[0]
+    STAGES: gl.constexpr = rooms[1].shape[0]
+    BLOCK_M: gl.constexpr = q.block_shape[3]
+    BLOCK_N: gl.constexpr = k.block_shape[3]
+    COLUMNS: gl.constexpr = q.block_shape[4] + RANK
+    for i_team in gl.static_range(TEAMS):
+        first = m_first + i_team * BLOCK_M
+        mbarrier.expect(q_ready.index(i_team), BLOCK_M * COLUMNS * 2)  # bytes
+        start_copy(q, i_o, i_i, i_h, first, 0, q_ready.index(i_team), rooms[0].index(i_team))
+        for i in gl.static_range(RANK // CHUNK):
+            room = rooms[3].index(i_team * (RANK // CHUNK) + i)
+            start_copy(tensors[3], i_o, i_i, i_h, first, i * CHUNK, q_ready.index(i_team), room)
+    slot = 0
+    phase = 1
+    for i_tile in range(n_tiles):
+        first = (n_tiles - 1 - i_tile) * BLOCK_N
+        mbarrier.wait(k_free.index(slot), phase)
+        mbarrier.expect(k_ready.index(slot), BLOCK_N * COLUMNS * 2)
+        start_copy(k, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[1].index(slot))
+        for i in gl.static_range(RANK // CHUNK):
+            k_room = rooms[4].index(slot * (RANK // CHUNK) + i)
+            start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, k_ready.index(slot), k_room)
+        mbarrier.wait(v_free.index(slot), phase)
+        mbarrier.expect(v_ready.index(slot), BLOCK_N * v.block_shape[4] * 2)
+        start_copy(v, i_o, i_i, i_kv, first, 0, v_ready.index(slot), rooms[2].index(slot))
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+
+
+@gluon.jit
+def matrix(rooms, i):
+    """What lies in a room, rows by columns."""
+    room = rooms.index(i)
+    return room.reshape([room.shape[3], room.shape[4]])
+
+
+@gluon.jit
+def start_scores(rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr):
+    """Start the products of a team's queries with a tile of keys, and of the factor columns."""
+    b_s = warpgroup_mma(
+        matrix(rooms[0], i_team), matrix(rooms[1], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+    for i in gl.static_range(CHUNKS):
+        b_q, b_k = matrix(rooms[3], i_team * CHUNKS + i), matrix(rooms[4], slot * CHUNKS + i)
+        b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_s, is_async=True)
+    return b_s
+
+
+@gluon.jit
+def softmax(b_s, b_max, slope, ahead, b_steps, b_last, to_log2, SLOPES: gl.constexpr, CHECK: gl.constexpr):
+    """Weights of a tile, the new maximum of each row, and what sums over earlier tiles are to be multiplied by.
+
+    `b_last` is how far into the tile a query attends: looked at where CHECK.
+    """
+    if SLOPES:
+        b_s = gl.fma(gl.full_like(b_s, slope), b_steps + gl.zeros_like(b_s), b_s)
+    if CHECK:
+        b_s = gl.where(b_steps <= b_last, b_s, float("-inf"))
+    b_new = gl.maximum(b_max, gl.max(b_s, 1) + ahead)
+    b_shift = b_new
+    if CHECK:
+        b_shift = gl.where(b_new == float("-inf"), 0.0, b_new)
+    b_rescale = gl.exp2((b_max - b_shift) * to_log2)
+    b_p = gl.exp2(b_s * to_log2 - gl.expand_dims((b_shift - ahead) * to_log2, 1))
+    return b_p, b_new, b_rescale
+
+
+@gluon.jit
+def pack(b_p, DTYPE: gl.constexpr):
+    """Neighbours in half precision, as one integer: halves that a loop carries one by one take it 64 instructions."""
+    b_even, b_odd = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
+    KIND: gl.constexpr = "bf16x2" if DTYPE.is_bf16() else "f16x2"
+    return gl.inline_asm_elementwise(
+        "cvt.rn." + KIND + ".f32 $0, $2, $1;", "=r,r,r", [b_even, b_odd], gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    b_even = (b_pairs & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
+    b_odd = (b_pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    return gl.convert_layout(gl.join(b_even, b_odd).reshape([b_pairs.shape[0], b_pairs.shape[1] * 2]), LAYOUT)
+
+
+@gluon.jit
+def compute(
+    i_team, rooms, ready, free, place, made, sizes,
+    C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """A team: output and LSE of its tile of queries."""
+    q_ready, k_ready, v_ready = ready
+    k_free, v_free = free
+    i_bh, m_first, n_tiles, p_slope = place
+    out, lse = made
+    n_q, n_k, offset, unit = sizes
+    DTYPE: gl.constexpr = rooms[2].dtype
+    BLOCK_M: gl.constexpr = rooms[0].shape[4]
+    BLOCK_N: gl.constexpr = rooms[1].shape[4]
+    STAGES: gl.constexpr = rooms[1].shape[0]
+    WIDTH_V: gl.constexpr = rooms[2].shape[5]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+
+    m_first += i_team * BLOCK_M
+    n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
+    if CAUSAL:
+        n_whole = gl.maximum(gl.minimum(n_k, m_first + offset + 1), 0) // BLOCK_N
+    n_checked = gl.maximum(n_tiles - n_whole, 1)
+    # Distances as in the other kernel: those to the tile's first row, and what all of a tile's have in common apart.
+    slope = 0.0
+    if SLOPES:
+        slope = gl.load(p_slope) / unit
+    o_row = gl.arange(0, BLOCK_M, ROWS)
+    o_last = n_k - 1
+    if CAUSAL:
+        o_last = gl.expand_dims(gl.minimum(o_last, m_first + o_row + offset), 1)
+    b_steps = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
+    if SLOPES:
+        b_steps = b_steps.to(gl.float32)
+    to_log2 = unit * LOG2_E
+    b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
+    b_out = gl.zeros([BLOCK_M, WIDTH_V], gl.float32, OUT)
+    b_max = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+
+    n_first = (n_tiles - 1) * BLOCK_N
+    mbarrier.wait(q_ready.index(i_team), 0)
+    mbarrier.wait(k_ready.index(0), 0)
+    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_zero, CHUNKS)])
+    mbarrier.arrive(k_free.index(0), count=1)
+    b_p, b_max, b_rescale = softmax(
+        b_s, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
+        o_last - n_first, to_log2, SLOPES, True,
+    )  # fmt: skip
+    b_sum = gl.sum(b_p, 1)
+    b_pairs = pack(b_p, DTYPE)
+
+    slot = 0
+    phase = 0
+    for part in gl.static_range(0 if CAUSAL else 1, 2):  # without a diagonal only the first tile is checked
+        begin = 1 if part == 0 else n_checked
+        end = n_checked if part == 0 else n_tiles
+        for i_tile in range(begin, end):
+            # The order matters: ptxas forms products one by one where it sees their registers used among them.
+            n_first = (n_tiles - 1 - i_tile) * BLOCK_N
+            next_slot = slot + 1
+            next_phase = phase
+            if next_slot == STAGES:
+                next_slot = 0
+                next_phase = phase ^ 1
+            b_weights = unpack(b_pairs, DTYPE, WEIGHTS)
+            mbarrier.wait(k_ready.index(next_slot), next_phase)
+            b_next = start_scores(rooms, i_team, next_slot, b_zero, CHUNKS)
+            mbarrier.wait(v_ready.index(slot), phase)
+            b_sums = warpgroup_mma(b_weights, matrix(rooms[2], slot), b_out, is_async=True)
+            b_s = warpgroup_mma_wait(1, [b_next])
+            mbarrier.arrive(k_free.index(next_slot), count=1)
+            b_p, b_max, b_rescale = softmax(
+                b_s, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
+                o_last - n_first, to_log2, SLOPES, part == 0,
+            )  # fmt: skip
+            b_sum = b_sum * b_rescale + gl.sum(b_p, 1)
+            b_out = warpgroup_mma_wait(0, [b_sums])
+            mbarrier.arrive(v_free.index(slot), count=1)
+            b_pairs = pack(b_p, DTYPE)
+            b_out = b_out * gl.expand_dims(gl.convert_layout(b_rescale, OUT_ROWS, assert_trivial=True), 1)
+            slot = next_slot
+            phase = next_phase
+    mbarrier.wait(v_ready.index(slot), phase)
+    b_out = warpgroup_mma(unpack(b_pairs, DTYPE, WEIGHTS), matrix(rooms[2], slot), b_out)
+
+    b_lse = gl.where(b_sum == 0.0, float("-inf"), b_max * unit + gl.log(b_sum))
+    if SLOPES:
+        b_lse -= slope * unit * o_row.to(gl.float32)
+    gl.store(lse + i_bh * n_q + m_first + o_row, b_lse, mask=m_first + o_row < n_q)
+    b_sum = gl.convert_layout(gl.where(b_sum == 0.0, 1.0, b_sum), OUT_ROWS, assert_trivial=True)
+    o_m = gl.expand_dims(m_first + gl.arange(0, BLOCK_M, OUT_ROWS), 1)
+    o_c = gl.expand_dims(gl.arange(0, WIDTH_V, gl.SliceLayout(0, OUT)), 0)
+    b_out = (b_out / gl.expand_dims(b_sum, 1)).to(DTYPE)
+    gl.store(out + (i_bh * n_q + o_m) * C_V + o_c, b_out, mask=(o_m < n_q) & (o_c < C_V))
+
+
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+def forward_teams_kernel(
+    q, k, v, q_columns, k_columns, slopes, out, lse, n_q, n_k, n_inner, n_heads, group, offset, unit,
+    C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Output and LSE. `q`, `k`, `v` and factor columns are tensor descriptors (outer, inner, head, row, column)."""
+    CHUNKS: gl.constexpr = RANK // CHUNK
+    n_programs = gl.cdiv(n_q, BLOCK_M * TEAMS)
+    i_bh = gl.program_id(0) // n_programs
+    m_first = (n_programs - 1 - gl.program_id(0) % n_programs) * BLOCK_M * TEAMS  # the longest first, if causal
+    i_h, i_b = i_bh % n_heads, i_bh // n_heads
+    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    n_end = n_k
+    if CAUSAL:
+        n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
+    n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros and -inf
+
+    if RANK > 0:
+        tensors = (q, k, v, q_columns, k_columns)
+        rooms = (
+            rooms_for(q, TEAMS), rooms_for(k, STAGES), rooms_for(v, STAGES),
+            rooms_for(q_columns, TEAMS * CHUNKS), rooms_for(k_columns, STAGES * CHUNKS),
+        )  # fmt: skip
+    else:
+        tensors = (q, k, v)
+        rooms = (rooms_for(q, TEAMS), rooms_for(k, STAGES), rooms_for(v, STAGES))
+    ready = (barriers(TEAMS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
+    free = (barriers(STAGES, TEAMS), barriers(STAGES, TEAMS))
+    p_slope = lse  # of no use where there are no slopes
+    if slopes is not None:
+        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
+        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
+    # Tuples that have a name lose what is constant in them.
+    what = (i_bh.to(gl.int64), m_first, n_tiles, p_slope)
+    made = (out, lse)
+    sizes = (n_q, n_k, offset, unit)
+    where = (i_o, i_i, i_h, i_kv, m_first, n_tiles)
+    SLOPES: gl.constexpr = slopes is not None
+    if TEAMS == 1:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK)),
+        ], [1], [LOADER])  # fmt: skip
+    elif TEAMS == 2:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK)),
+        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK)),
+        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
+
+
+def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
+    """Write output and LSE of a call that `plan.teams` gives to this kernel."""
+    frame, bias = call.frame, call.sizes["terms"]
+    constants = {name: frame.constants[name] for name in ("C_V", "RANK", "CHUNK", "CAUSAL")}
+    width, chunk = frame.constants["WIDTH"], frame.constants["CHUNK"]
+    read = {
+        "q": ("query", call.q, tiles.block_m, width),
+        "k": ("key", call.k, tiles.block_n, width),
+        "v": ("value", call.v, tiles.block_n, frame.constants["WIDTH_V"]),
+        "q_columns": ("q_columns", bias.q_columns, tiles.block_m, chunk),
+        "k_columns": ("k_columns", bias.k_columns, tiles.block_n, chunk),
+    }
+    arguments: dict[str, Any] = {
+        name: None if block is None else TensorDescriptor(block.ptr, *frame.tensors[tensor], *_tile(out.dtype, *size))
+        for name, (tensor, block, *size) in read.items()
+    }
+    names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
+    arguments |= {name: call.sizes[name] for name in names} | constants | {"out": out, "lse": lse}
+    arguments["slopes"] = bias.slopes
+    programs = plan.cdiv(out.shape[-2], tiles.block_m * tiles.teams) * out.shape[:-2].numel()
+    key = ("teams", tiles, compiled.kind(bias.slopes), compiled.kind(out), compiled.kind(lse))
+    compiled.launch(forward_teams_kernel, (programs, 1), arguments, tiles.options(), frame.compiled, key)
+
+
+@cache
+def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """A tile as a tensor descriptor takes it: its shape, and how it lies in shared memory."""
+    shape = [1, 1, 1, rows, columns]
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, kind)

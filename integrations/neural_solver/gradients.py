@@ -6,6 +6,7 @@ on the device, and the gradients of the inputs are divided by it, in fp32. The f
 token, so that compilers and checkpoints see nothing but functions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,14 +37,16 @@ class _Lower(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        # Not a number, which would not promote a half that is divided by it.
+        token = query.new_zeros((1,) * query.dim(), dtype=torch.float32)
         halves = (lowered(query, torch.float16), lowered(key, torch.float16), lowered(value, torch.float16))
-        return *halves, *(factor.view_as(factor) for factor in factors), query.new_zeros((), dtype=torch.float32)
+        return *halves, *(factor.view_as(factor) for factor in factors), token
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *scaled, factor = gradients
         wanted = ctx.needs_input_grad
-        return tuple(g.float() / factor if want else None for g, want in zip(scaled, wanted, strict=True))
+        return tuple(g / factor if want else None for g, want in zip(scaled, wanted, strict=True))
 
 
 class _Raise(torch.autograd.Function):
@@ -55,7 +58,9 @@ class _Raise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        room = HEADROOM / max(1, gradient.shape[-2])
-        largest = torch.linalg.vector_norm(gradient, ord=torch.inf).clamp(min=1e-30)  # without a copy of it
-        factor = torch.exp2(torch.floor(torch.log2(room / largest)))
+        room = 2.0 ** math.floor(math.log2(HEADROOM / max(1, gradient.shape[-2])))
+        every = tuple(range(gradient.dim()))
+        largest = torch.linalg.vector_norm(gradient, torch.inf, every, keepdim=True).clamp(min=1e-30)  # without a copy
+        mantissa, _ = torch.frexp(largest)
+        factor = room * mantissa / largest  # a power of two, by which largest becomes half of room or more
         return (gradient * factor).half(), factor

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from flashbias import FactoredBias, biased_attention
-from flashbias.errors import ShapeError
+from flashbias.errors import ShapeError, UnsupportedError
 
 from .conftest import DEVICE
 
@@ -125,6 +125,17 @@ def test_gradient_of_nothing_is_nothing(neural_solver, problem):
     model, attention, x, points = problem(2)
     results = run(attention, ours(model), x, points, gradient=0.0)
     assert all(torch.equal(value, torch.zeros_like(value)) for name, value in results.items() if name != "out")
+
+
+@pytest.mark.parametrize("precision", ["half", "single"])
+def test_second_derivatives_are_refused_by_name(neural_solver, problem, precision):
+    neural_solver.configure(precision=precision)
+    model, attention, x, points = problem(2)
+    loss = ours(model)(attention, x.requires_grad_(), points).square().sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert first.isfinite().all()
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        first.square().sum().backward()
 
 
 def test_checkpointing_gives_the_same_gradients(neural_solver, problem):

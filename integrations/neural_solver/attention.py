@@ -12,7 +12,7 @@ from flashbias.errors import ShapeError
 from flashbias.integrations import verify
 from flashbias.integrations.integration import is_hooked
 
-from .gradients import in_half, lowered
+from .gradients import by_position, in_half, lowered
 
 KERNELS = "layers.flash_bias_triton"
 KERNEL_KEPT = "flash_bias_func_before_flashbias"
@@ -47,10 +47,10 @@ def attention(module: Any, x: Tensor, q_bias: Tensor, k_bias: Tensor, precision:
     )
     with torch.autocast(x.device.type, enabled=False):
         weight = module.pos_weight(x.to(module.pos_weight.weight.dtype).unflatten(-1, by_head)).float()
-        q_factor = (weight * q_bias.float()).transpose(1, 2).contiguous()  # (B, H, N, R)
-        k_factor = k_bias.float().transpose(1, 2)  # (B, 1, N, R)
+        q_factor, k_factor = (factor.float().transpose(1, 2) for factor in (q_bias, k_bias))  # (B, 1, N, R)
+        q_factor = weight.transpose(1, 2).contiguous() * q_factor  # (B, H, N, R), copied while it is thin
         out = _attend(dtype_of(x, precision), query, key, value, q_factor, k_factor, module.scale)
-    return module.to_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+    return module.to_out(by_position(out, x.dtype).transpose(1, 2).flatten(2))
 
 
 def dtype_of(x: Tensor, precision: str) -> torch.dtype:

@@ -6,6 +6,7 @@ on the device, and the gradients of the inputs are divided by it, in fp32. The f
 token, so that compilers and checkpoints see nothing but functions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,19 +32,37 @@ def lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, memory_format=torch.contiguous_format)
 
 
+def by_position(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor `(B, H, N, C)` in that dtype, position by position in memory, as linear layers have it."""
+    return tensor.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _in_one(operation: Callable[..., Tensor], tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`operation(tensor, factor)` in that dtype, position by position in memory, in one launch."""
+    tensor = tensor.transpose(1, 2)
+    if torch.is_grad_enabled():  # compilers, and second derivatives, which are the operator's to refuse
+        return operation(tensor, factor).to(dtype).transpose(1, 2)
+    out = tensor.new_empty(tensor.shape, dtype=dtype)
+    return operation(tensor, factor, out=out).transpose(1, 2)
+
+
 class _Lower(torch.autograd.Function):
     """Query, key and value in half precision, factors as they are, and a token."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        # Nobody reads it. Of no dimension, its gradient would not promote a half.
+        token = query.new_empty((1,) * query.dim(), dtype=torch.float32)
         halves = (lowered(query, torch.float16), lowered(key, torch.float16), lowered(value, torch.float16))
-        return *halves, *(factor.view_as(factor) for factor in factors), query.new_zeros((), dtype=torch.float32)
+        return *halves, *(factor.view_as(factor) for factor in factors), token
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *scaled, factor = gradients
-        wanted = ctx.needs_input_grad
-        return tuple(g.float() / factor if want else None for g, want in zip(scaled, wanted, strict=True))
+        return tuple(
+            (g / factor if g.dtype == torch.float32 else _in_one(torch.div, g, factor, torch.float32)) if want else None
+            for g, want in zip(scaled, ctx.needs_input_grad, strict=True)
+        )
 
 
 class _Raise(torch.autograd.Function):
@@ -51,11 +70,13 @@ class _Raise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, token: Tensor) -> Tensor:
-        return out.float()
+        return by_position(out, torch.float32)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        room = HEADROOM / max(1, gradient.shape[-2])
-        largest = torch.linalg.vector_norm(gradient, ord=torch.inf).clamp(min=1e-30)  # without a copy of it
-        factor = torch.exp2(torch.floor(torch.log2(room / largest)))
-        return (gradient * factor).half(), factor
+        room = 2.0 ** math.floor(math.log2(HEADROOM / max(1, gradient.shape[-2])))
+        every = tuple(range(gradient.dim()))
+        largest = torch.linalg.vector_norm(gradient, torch.inf, every, keepdim=True).clamp(min=1e-30)  # without a copy
+        mantissa, _ = torch.frexp(largest)
+        factor = room * mantissa / largest  # a power of two, by which largest becomes half of room or more
+        return _in_one(torch.mul, gradient, factor, torch.float16), factor

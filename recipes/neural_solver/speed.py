@@ -5,6 +5,9 @@ Every measurement has its check beside it. Weights of distances are drawn large 
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ from flashbias.recipes.memory import held_memory, peak_memory
 
 from .model import CAR, Shape, Solver
 from .rows import Rows
-from .variants import EXACT, OURS, ROUNDED, Variant, load_kernel, variants
+from .variants import EXACT, OURS, ROUNDED, Variant, load_kernel, rounded, variants
 
 MODES = ("inference", "training")
 PEERS = (OURS, "flex", "cudnn, joined", "cudnn, no bias (wrong)", "paper")
@@ -26,8 +29,10 @@ POINTS = (32186, 131072, 524288, 1048576)
 WARM = 131072  # points: whatever is compiled for long inputs is compiled at this length
 CHECKED = 64  # rows of attention
 ENOUGH = 2.0  # seconds: what takes longer is timed once
+ONCE = 10.0  # seconds: what takes longer is called once, all being compiled by then
 FEW = 5
 EPS = 2.0**-10  # of fp16: twice the error of an eager computation in fp16, and so much, is accurate
+SUMS = 2.0**-16  # what sums over all points may lose in fp32
 
 
 @dataclass
@@ -64,15 +69,14 @@ class Case:
         """The mean square, as for the library's car design."""
         return (model(self.points, self.features) - self.targets).square().mean()
 
-    def answers(self, variant: Variant, mode: str) -> Tensor:
-        """What is compared: outputs, and in training all gradients instead."""
+    def answers(self, variant: Variant, mode: str) -> list[Tensor]:
+        """What is compared: the outputs, and in training all gradients instead."""
         model = self.model(variant)
         if mode == "inference":
             with torch.no_grad():
-                return model(self.points, self.features)
+                return [model(self.points, self.features)]
         self.loss(model).backward()
-        grads = ((name, parameter.grad) for name, parameter in model.named_parameters())
-        return torch.cat([grad.flatten() / grad.norm().clamp(min=1e-30) for _, grad in grads if grad is not None])
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def case(points: int, layers: int, device: str, seed: int = 0) -> Case:
@@ -115,7 +119,7 @@ def compare(
                 if name not in found or (found[name].cuda and not device.startswith("cuda")):
                     raise LookupError("no checkout is named" if name not in found else "needs a GPU")
                 made = problem.answers(found[name], mode)
-                error = _distance(made, exact[mode]) if made.shape == exact[mode].shape else None
+                error = _distance(made, exact[mode]) if len(made) == len(exact[mode]) else None
                 row |= measure(problem, found[name], mode, device, repeats)
                 accurate = error is not None and error <= 2 * least[mode] + EPS
                 row |= {"error": error, "error_of_rounding": least[mode], "accurate": accurate}
@@ -129,8 +133,10 @@ def compare(
     return written
 
 
-def _distance(made: Tensor, exact: Tensor) -> float:
-    return float((made.double() - exact.double()).norm() / exact.double().norm())
+def _distance(made: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Relative, in the 2-norm; the root mean square over several tensors, so that small ones count."""
+    errors = [float((m.double() - e.double()).norm() / e.double().norm()) for m, e in zip(made, exact, strict=True)]
+    return math.hypot(*errors) / len(errors) ** 0.5
 
 
 def scale(
@@ -143,16 +149,18 @@ def scale(
     for mode in modes:
         for n, depth in ((n, depth) for n in points for depth in layers):
             row: dict[str, Any] = {"points": n, "layers": depth, "mode": mode, "status": "ok", "reason": ""}
+            name = f"{n} points, {depth} layers, {mode}"
             try:
                 case(min(n, WARM), 1, device).step(variant, mode)[1]()
                 problem = case(n, depth, device)
-                row |= check(problem)
+                row |= check(problem, mode)
+                say(f"{name}: error {row['error']:.2e}, {row['error_of_rounding']:.2e} by rounding; now the time")
                 row |= measure(problem, variant, mode, device, FEW)
                 row["limit_fraction"] = limit_fraction(rows_device(device), n, depth, mode, row["ms"] / 1e3)
-                say(f"{n} points, {depth} layers, {mode}: {row['ms']:.1f} ms, {row['peak_gb']:.2f} GB")
+                say(f"{name}: {row['ms']:.1f} ms, {row['peak_gb']:.2f} GB")
             except Exception as error:
                 row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
-                say(f"{n} points, {depth} layers, {mode}: {row['reason']}")
+                say(f"{name}: {row['reason']}")
             rows.add(row)
             written.append(row)
             problem = None  # type: ignore[assignment]
@@ -167,7 +175,7 @@ def measure(problem: Case, variant: Variant, mode: str, device: str, repeats: in
     started = time.perf_counter()
     _, rise = peak_memory(step, device)
     first = time.perf_counter() - started
-    times = [first] if first > 10 * ENOUGH else []  # once is enough, and nothing is compiled any more
+    times = [first] if first > ONCE else []
     times += () if times else _times(step, device, repeats if first < ENOUGH else 1)
     median = sorted(times)[len(times) // 2]
     memory = (held + rise) / 1e9
@@ -189,8 +197,12 @@ def _times(step: Callable[[], Any], device: str, repeats: int) -> Iterator[float
         yield time.perf_counter() - started
 
 
-def check(problem: Case) -> dict[str, Any]:
-    """The first layer's attention on some rows, against float64; an eager computation in its dtype is the measure."""
+def check(problem: Case, mode: str) -> dict[str, Any]:
+    """The first layer's attention on some rows, or the gradients that these rows give, against float64.
+
+    The way back is that of a loss of these rows: weights of keys and values gather its gradient from all points.
+    Float64 in which what attention holds is rounded to its dtype is the measure.
+    """
     from flashbias.integrations.neural_solver import attention
 
     model: Any = problem.model(variants()[OURS])
@@ -198,27 +210,34 @@ def check(problem: Case) -> dict[str, Any]:
     with torch.no_grad():
         x = model.preprocess(torch.cat((problem.points, problem.features), -1)) + model.placeholder
         x = model.blocks[0].ln_1(x)
-        query, key, value, weight = layer.projected(x)
-        rows = torch.linspace(0, query.shape[2] - 1, CHECKED, device=x.device).long()
-        points = problem.points.double()
-        square = (points[:, rows, None] - points[:, None]).square().sum(-1)[:, None]
+    layer.to_out = nn.Identity()  # what the heads put out
+    rows = torch.linspace(0, x.shape[1] - 1, CHECKED, device=x.device).long()
+    double, points = copy.deepcopy(layer).double(), problem.points.double()
+    square = (points[:, rows, None] - points[:, None]).square().sum(-1)[:, None]
 
-        def attend(dtype: torch.dtype) -> Tensor:
-            q, k, v = (tensor.to(dtype).double() for tensor in (query[:, :, rows], key, value))
-            scores = (q @ k.mT).to(dtype).double() * layer.scale - weight[:, :, rows, None].double() * square
-            return (scores.softmax(-1).to(dtype).double() @ v).to(dtype).double()
+    def by_the_book(dtype: torch.dtype) -> Tensor:
+        query, key, value, weight = double.projected(x.double())
+        near = functools.partial(rounded, dtype=dtype)
+        scores = near(near(query[:, :, rows]) @ near(key).mT) * layer.scale - weight[:, :, rows, None] * square
+        return near(near(scores.softmax(-1)) @ near(value)).transpose(1, 2).flatten(2)
 
-        dtype = attention.dtype_of(x, "auto")
-        exact, rounded = attend(torch.float64), attend(dtype)
-        layer.to_out = nn.Identity()  # what the heads put out
-        made = layer(x, model.prepare(problem.points))[:, rows].unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-    error, least = _distance(made, exact), _distance(rounded, exact)
-    accurate = error <= 2 * least + 4 * torch.finfo(dtype).eps
+    def answers(layer: nn.Module, attend: Callable[[], Tensor]) -> Sequence[Tensor]:
+        with torch.set_grad_enabled(mode == "training"):
+            out = attend()
+        if mode == "inference":
+            return [out]
+        direction = torch.arange(out.numel(), device=x.device, dtype=out.dtype).sin().view_as(out)
+        return torch.autograd.grad(out, list(layer.parameters()), direction)
+
+    dtype = attention.dtype_of(x, "auto")
+    exact, near = (answers(double, functools.partial(by_the_book, kind)) for kind in (torch.float64, dtype))
+    made = answers(layer, lambda: layer(x, model.prepare(problem.points))[:, rows])
+    error, least = _distance(made, exact), _distance(near, exact)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "error": error,
         "error_of_rounding": least,
-        "accurate": accurate,
+        "accurate": error <= 2 * least + max(4 * torch.finfo(dtype).eps, SUMS),
     }
 
 

@@ -5,6 +5,7 @@ Each takes the weights of the distances from the layer, has gradients for all pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ def variants(kernel: Callable[..., Tensor] | None = None) -> dict[str, Variant]:
     """All by name. `kernel` is the paper's `flash_bias_func`, where a checkout of it is named."""
     found = {
         EXACT: Variant(lambda points: points, exact),
-        ROUNDED: Variant(lambda points: points, lambda layer, x, points: exact(layer, x, points, rounded=True)),
+        ROUNDED: Variant(lambda points: points, lambda layer, x, points: exact(layer, x, points, in_half=True)),
         "half factors": Variant(stock_factors, half_factors),
         OURS: Variant(_our_factors, flashbias),
         "flex": Variant(lambda points: points, flex, cuda=True),
@@ -44,14 +45,14 @@ def variants(kernel: Callable[..., Tensor] | None = None) -> dict[str, Variant]:
     return found
 
 
-def exact(layer: Attention, x: Tensor, points: Tensor, rounded: bool = False) -> Tensor:
+def exact(layer: Attention, x: Tensor, points: Tensor, in_half: bool = False) -> Tensor:
     """Dense, in the dtype of x, distances by differences; some rows at a time, made anew on the way back.
 
-    Rounded: query, key, value, their products, the weights and the output are numbers that fp16 can hold. The error of
+    In half: query, key, value, their products, the weights and the output are numbers that fp16 can hold. The error of
     that is the measure for what computes in half precision.
     """
     query, key, value, weight = layer.projected(x)
-    near = _rounded if rounded else lambda tensor: tensor
+    near = functools.partial(rounded, dtype=torch.float16) if in_half else lambda tensor: tensor
 
     def rows(query: Tensor, weight: Tensor, some: Tensor, key: Tensor, value: Tensor) -> Tensor:
         square = (some[:, None, :, None] - points[:, None, None]).square().sum(-1)
@@ -66,9 +67,9 @@ def exact(layer: Attention, x: Tensor, points: Tensor, rounded: bool = False) ->
     return layer.joined(torch.cat(made, 2))
 
 
-def _rounded(tensor: Tensor) -> Tensor:
-    """To fp16 and back; gradients pass as they are."""
-    return tensor + (tensor.half() - tensor).detach()
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """To that dtype and back; gradients pass as they are."""
+    return tensor + (tensor.detach().to(dtype).to(tensor.dtype) - tensor.detach())
 
 
 def stock_factors(points: Tensor) -> tuple[Tensor, Tensor]:

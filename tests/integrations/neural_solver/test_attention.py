@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from flashbias.errors import ShapeError
+from flashbias import FactoredBias, biased_attention
+from flashbias.errors import ShapeError, UnsupportedError
 
 from .conftest import DEVICE
 
@@ -126,6 +127,17 @@ def test_gradient_of_nothing_is_nothing(neural_solver, problem):
     assert all(torch.equal(value, torch.zeros_like(value)) for name, value in results.items() if name != "out")
 
 
+@pytest.mark.parametrize("precision", ["half", "single"])
+def test_second_derivatives_are_refused_by_name(neural_solver, problem, precision):
+    neural_solver.configure(precision=precision)
+    model, attention, x, points = problem(2)
+    loss = ours(model)(attention, x.requires_grad_(), points).square().sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert first.isfinite().all()
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        first.square().sum().backward()
+
+
 def test_checkpointing_gives_the_same_gradients(neural_solver, problem):
     neural_solver.configure(precision="half")
     model, attention, x, points = problem(3)
@@ -148,6 +160,22 @@ def test_logits_are_exact_wherever_the_body_lies(host, make_model, space, place,
     exact = -(points.double()[:, :, None] - points.double()[:, None]).square().sum(-1)
     error = (logits(make_model(space), points, 1.0) - exact).abs().max().item()
     assert error <= (1e-4 if extent <= 10 else 2.0**-21 * extent**2)
+
+
+@pytest.mark.parametrize("precision", ["half", "single"])
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+@pytest.mark.parametrize("place", [0.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("extent", [10.0, 300.0])
+def test_operator_adds_these_logits(neural_solver, make_model, precision, weight, place, extent):
+    """The only key's logit is the LSE: one key in each row of the batch, and queries that are zero."""
+    points = place + torch.rand(1, 64, 3, device=DEVICE) * extent / 3**0.5
+    q_factor, k_factor = make_model(3).get_matrix(points)
+    bias = FactoredBias(weight * q_factor.transpose(1, 2), k_factor.transpose(0, 1))
+    query = torch.zeros(64, 1, 64, 16, device=DEVICE, dtype=neural_solver.attention.DTYPES[precision])
+    key = query[:, :, :1]
+    _, lse = biased_attention(query, key, key, bias, return_lse=True)  # (key, 1, query)
+    exact = -weight * (points.double().transpose(0, 1) - points.double()).square().sum(-1)
+    assert (lse[:, 0].double() - exact).abs().max() <= (1e-4 if extent <= 10 else 2.0**-21 * extent**2)
 
 
 def test_bodies_of_a_batch_may_lie_far_apart(host, make_model):

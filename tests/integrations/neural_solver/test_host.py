@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from flashbias.integrations import profile, verify
 from flashbias.patches import HostMissingError, OtherHostError, PatchedOnTopError, PatchWarning, SignatureChangedError
+from flashbias.recipes.neural_solver import stand_ins
 from flashbias.recipes.neural_solver.model import CAR, ELASTICITY, Solver, host_model
 
 from .conftest import CHECKOUT, DEVICE, STAND_IN, options
@@ -77,10 +79,22 @@ def test_parameters_are_those_of_the_host_bit_for_bit(neural_solver, host, stock
     patched = weights()
     with stock():
         plain = weights()
-        model = host.Model(options(3, 7))
     assert list(patched) == list(plain)
     assert all(torch.equal(patched[name], plain[name]) for name in plain)
-    assert model.load_state_dict(patched).missing_keys == []
+
+
+def test_checkpoints_of_the_stock_model_load_and_compute_the_same_as_the_weights(neural_solver, host, stock, tmp_path):
+    with stock():
+        stock_model = host.Model(options(3, 7))
+        torch.save(stock_model.state_dict(), tmp_path / "stock.pt")
+    model = host.Model(options(3, 7)).to(DEVICE)
+    model.load_state_dict(torch.load(tmp_path / "stock.pt"))
+    points, features = torch.rand(1, 30, 3, device=DEVICE), torch.rand(1, 30, 7, device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(model(points, features), stock_model.to(DEVICE)(points, features))
+    torch.save(model.state_dict(), tmp_path / "patched.pt")
+    with stock():
+        host.Model(options(3, 7)).load_state_dict(torch.load(tmp_path / "patched.pt"))
 
 
 @pytest.mark.parametrize("shape", [ELASTICITY, CAR], ids=["elasticity", "car"])
@@ -304,21 +318,47 @@ def test_entry_point_of_the_library_runs_patched(space):
     assert "was not applied" not in done.stderr
 
 
+def run_script(script, checkout, data, *arguments, packages=()):
+    """Run a script of the recipe, torchvision importable, further packages before others."""
+    path = Path(__file__).parents[3] / "recipes" / "neural_solver" / script
+    (data / "sitecustomize.py").write_text(
+        "from flashbias.integrations._torchvision import make_importable\nmake_importable()\n"
+    )
+    folders = [str(data), *map(str, packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+    return subprocess.run(
+        ["bash", path, checkout, data, *arguments],
+        cwd=data, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(str(STAND_IN) == CHECKOUT, reason="no real checkout is named")
+def test_run_py_of_a_real_checkout_trains_and_evaluates(tmp_path):
+    """With the arguments of the library's script, but for a small case."""
+    shutil.copytree(CHECKOUT, tmp_path / "copy", ignore=shutil.ignore_patterns(".git"))
+    meshes = tmp_path / "elasticity" / "Meshes"
+    meshes.mkdir(parents=True)
+    points = np.random.default_rng(0).random((60, 2, 6))
+    np.save(meshes / "Random_UnitCell_XY_10.npy", points)
+    np.save(meshes / "Random_UnitCell_sigma_10.npy", 100 + 50 * np.sin(6 * points[:, 0]))
+    stand_ins.write(tmp_path / "packages")
+    small = ("--ntrain", "4", "--ntest", "2", "--n_layers", "2", "--epochs", "3")
+    done = run_script("elasticity.sh", tmp_path / "copy", tmp_path, *small, packages=[tmp_path / "packages"])
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("Epoch")]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert "was not applied" not in done.stderr
+    assert "was applied, but" not in done.stderr
+
+
 @pytest.mark.parametrize(("script", "data"), [("elasticity.sh", "elasticity/Meshes"), ("car.sh", "training_data")])
 def test_scripts_run_the_library_patched_on_data_that_are_there(tmp_path, script, data):
     (tmp_path / data).mkdir(parents=True)
-    path = Path(__file__).parents[3] / "recipes" / "neural_solver" / script
-    (tmp_path / "sitecustomize.py").write_text(
-        "from flashbias.integrations._torchvision import make_importable\nmake_importable()\n"
-    )
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(tmp_path),
-    }
-    done = subprocess.run(
-        ["bash", path, STAND_IN, tmp_path, "--epochs", "2"],
-        cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    done = run_script(script, STAND_IN, tmp_path, "--epochs", "2")
     assert done.returncode == 0, done.stderr
     assert sum(line.startswith("Epoch") for line in done.stdout.splitlines()) == 2
     assert "was not applied" not in done.stderr

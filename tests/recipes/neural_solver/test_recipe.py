@@ -109,9 +109,31 @@ def test_wrong_attention_is_not_accurate(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "variants", lambda kernel=None: {**variants.variants(kernel), variants.OURS: wrong})
     rows = speed.compare(80, [variants.OURS], speed.MODES, None, 1, "cpu", 1, tmp_path, lambda text: None)
     assert [row["accurate"] for row in rows] == [False, False]
-    assert [row["accurate"] for row in speed.scale([80], [1], ["inference"], "cpu", tmp_path, lambda text: None)] == [
-        False
-    ]
+    rows = speed.scale([80], [1], speed.MODES, "cpu", tmp_path, lambda text: None)
+    assert [row["accurate"] for row in rows] == [False, False]
+
+
+def test_wrong_gradient_is_not_accurate(tmp_path, monkeypatch):
+    """Right going forward, and twice the gradient on the way back."""
+
+    def attend(layer, x, points):
+        out = variants.exact(layer, x, points)
+        return 2 * out - out.detach()
+
+    wrong = variants.Variant(lambda points: points, attend)
+    monkeypatch.setattr(speed, "variants", lambda kernel=None: {**variants.variants(kernel), variants.OURS: wrong})
+    compared = speed.compare(80, [variants.OURS], speed.MODES, None, 1, "cpu", 1, tmp_path, lambda text: None)
+    alone = speed.scale([80], [1], speed.MODES, "cpu", tmp_path, lambda text: None)
+    for rows in (compared, alone):
+        assert {row["mode"]: row["accurate"] for row in rows} == {"inference": True, "training": False}
+
+
+def test_long_measurements_are_made_once_and_said_before(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(speed, "ONCE", 0.0)
+    (row,) = speed.scale([60], [1], ["training"], "cpu", tmp_path, said.append)
+    assert row["calls"] == 1
+    assert [text.partition(": error")[1] for text in said] == [": error", ""]
 
 
 def test_sizes_are_measured_one_by_one(tmp_path):
@@ -124,7 +146,7 @@ def test_sizes_are_measured_one_by_one(tmp_path):
 
 
 def test_failing_size_leaves_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "check", lambda problem: 1 / (problem.points.shape[1] - 60))
+    monkeypatch.setattr(speed, "check", lambda problem, mode: 1 / (problem.points.shape[1] - 60))
     rows = speed.scale([60], [1], ["inference"], "cpu", tmp_path, lambda text: None)
     assert (rows[0]["status"], rows[0]["reason"]) == ("failed", "ZeroDivisionError: division by zero")
 

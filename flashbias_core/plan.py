@@ -256,6 +256,8 @@ def teams(query: torch.Tensor, n_k: int, constants: Mapping[str, Any]) -> Tiles 
     rows, n_q = query.shape[:-2].numel(), query.shape[-2]
     if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > 128:
         return None
+    if not constants["FOLDED"] and constants["RANK"] < 2 * constants["WIDTH"]:
+        return None  # queries in two halves cost as many columns again
     found = select("teams", (9, 0), 2, constants)
     programs = cdiv(n_q, found.block_m * found.teams) * rows
     worth = rows * n_q * n_k >= TEAM_WORK and programs >= _processors(query.device)

@@ -123,7 +123,7 @@ def _frame(
         strides["values"] = _count_planes(strides["values"], planes[1][0])
     copied = [name for name in (*INPUTS, "q_columns", "k_columns") if name in lie]
     tensors = {name: _described(lie[name], strides[name], layout) for name in copied}
-    plain = set(given) <= {*INPUTS, "q_columns", "k_columns", "slopes"} and folded and not symmetric
+    plain = set(given) <= {*INPUTS, "q_columns", "k_columns", "slopes"} and not symmetric
     traits["PLAIN"] = plain and None not in tensors.values()
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits)
 

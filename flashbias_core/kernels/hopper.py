@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashbias import plan
@@ -51,13 +57,12 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr):
+def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr, TEAMS: gl.constexpr):
     """The warp that loads: queries for every team, then keys and values tile by tile, the last ones first."""
     q, k, v = tensors[0], tensors[1], tensors[2]
     q_ready, k_ready, v_ready = ready
     k_free, v_free = free
     i_o, i_i, i_h, i_kv, m_first, n_tiles = place
-    TEAMS: gl.constexpr = rooms[0].shape[0]
     STAGES: gl.constexpr = rooms[1].shape[0]
     BLOCK_M: gl.constexpr = q.block_shape[3]
     BLOCK_N: gl.constexpr = k.block_shape[3]
@@ -96,15 +101,30 @@ def matrix(rooms, i):
 
 
 @gluon.jit
-def start_scores(rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr):
+def start_scores(rooms, i_team, slot, b_zero, TEAMS: gl.constexpr, CHUNKS: gl.constexpr):
     """Start the products of a team's queries with a tile of keys, and of the factor columns."""
-    b_s = warpgroup_mma(
-        matrix(rooms[0], i_team), matrix(rooms[1], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
-    )
+    b_k = matrix(rooms[1], slot).permute((1, 0))
+    b_s = warpgroup_mma(matrix(rooms[0], i_team), b_k, b_zero, use_acc=False, is_async=True)
+    if rooms[0].shape[0] > TEAMS:
+        b_s = warpgroup_mma(matrix(rooms[0], TEAMS + i_team), b_k, b_s, is_async=True)
     for i in gl.static_range(CHUNKS):
-        b_q, b_k = matrix(rooms[3], i_team * CHUNKS + i), matrix(rooms[4], slot * CHUNKS + i)
-        b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_s, is_async=True)
+        b_columns = matrix(rooms[4], slot * CHUNKS + i).permute((1, 0))
+        b_s = warpgroup_mma(matrix(rooms[3], i_team * CHUNKS + i), b_columns, b_s, is_async=True)
     return b_s
+
+
+@gluon.jit
+def scale_queries(rooms, i_team, unit, TEAMS: gl.constexpr):
+    """Multiply a team's queries by `unit`, without loss: into a high and a low half, beside the rooms of all teams."""
+    high, low = matrix(rooms[0], i_team), matrix(rooms[0], TEAMS + i_team)
+    LAYOUT: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // (high.shape[1] // 8), high.shape[1] // 8], [WARPS, 1], [1, 0]
+    )
+    b_q = high.load(LAYOUT).to(gl.float32) * unit
+    b_high = b_q.to(high.dtype)
+    high.store(b_high)
+    low.store((b_q - b_high.to(gl.float32)).to(high.dtype))
+    fence_async_shared()
 
 
 @gluon.jit
@@ -146,7 +166,8 @@ def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
-    C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
+    C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
+    TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: output and LSE of its tile of queries."""
     q_ready, k_ready, v_ready = ready
@@ -165,6 +186,10 @@ def compute(
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
 
+    mbarrier.wait(q_ready.index(i_team), 0)
+    if not FOLDED:  # columns are not over the unit: scores are as they are, over 1
+        scale_queries(rooms, i_team, unit, TEAMS)
+        unit = 1.0
     m_first += i_team * BLOCK_M
     n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
     if CAUSAL:
@@ -187,9 +212,8 @@ def compute(
     b_max = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
 
     n_first = (n_tiles - 1) * BLOCK_N
-    mbarrier.wait(q_ready.index(i_team), 0)
     mbarrier.wait(k_ready.index(0), 0)
-    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_zero, CHUNKS)])
+    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_zero, TEAMS, CHUNKS)])
     mbarrier.arrive(k_free.index(0), count=1)
     b_p, b_max, b_rescale = softmax(
         b_s, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
@@ -213,7 +237,7 @@ def compute(
                 next_phase = phase ^ 1
             b_weights = unpack(b_pairs, DTYPE, WEIGHTS)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
-            b_next = start_scores(rooms, i_team, next_slot, b_zero, CHUNKS)
+            b_next = start_scores(rooms, i_team, next_slot, b_zero, TEAMS, CHUNKS)
             mbarrier.wait(v_ready.index(slot), phase)
             b_sums = warpgroup_mma(b_weights, matrix(rooms[2], slot), b_out, is_async=True)
             b_s = warpgroup_mma_wait(1, [b_next])
@@ -246,7 +270,7 @@ def compute(
 @gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def forward_teams_kernel(
     q, k, v, q_columns, k_columns, slopes, out, lse, n_q, n_k, n_inner, n_heads, group, offset, unit,
-    C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, FOLDED: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Output and LSE. `q`, `k`, `v` and factor columns are tensor descriptors (outer, inner, head, row, column)."""
@@ -261,15 +285,16 @@ def forward_teams_kernel(
         n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
     n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros and -inf
 
+    Q_ROOMS: gl.constexpr = TEAMS if FOLDED else 2 * TEAMS
     if RANK > 0:
         tensors = (q, k, v, q_columns, k_columns)
         rooms = (
-            rooms_for(q, TEAMS), rooms_for(k, STAGES), rooms_for(v, STAGES),
+            rooms_for(q, Q_ROOMS), rooms_for(k, STAGES), rooms_for(v, STAGES),
             rooms_for(q_columns, TEAMS * CHUNKS), rooms_for(k_columns, STAGES * CHUNKS),
         )  # fmt: skip
     else:
         tensors = (q, k, v)
-        rooms = (rooms_for(q, TEAMS), rooms_for(k, STAGES), rooms_for(v, STAGES))
+        rooms = (rooms_for(q, Q_ROOMS), rooms_for(k, STAGES), rooms_for(v, STAGES))
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
     free = (barriers(STAGES, TEAMS), barriers(STAGES, TEAMS))
     p_slope = lse  # of no use where there are no slopes
@@ -284,28 +309,28 @@ def forward_teams_kernel(
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK)),
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK)),
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK)),
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
+            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
 def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
     """Write output and LSE of a call that `plan.teams` gives to this kernel."""
     frame, bias = call.frame, call.sizes["terms"]
-    constants = {name: frame.constants[name] for name in ("C_V", "RANK", "CHUNK", "CAUSAL")}
+    constants = {name: frame.constants[name] for name in ("C_V", "RANK", "CHUNK", "FOLDED", "CAUSAL")}
     width, chunk = frame.constants["WIDTH"], frame.constants["CHUNK"]
     read = {
         "q": ("query", call.q, tiles.block_m, width),
@@ -315,7 +340,9 @@ def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
         "k_columns": ("k_columns", bias.k_columns, tiles.block_n, chunk),
     }
     arguments: dict[str, Any] = {
-        name: None if block is None else TensorDescriptor(block.ptr, *frame.tensors[tensor], *_tile(out.dtype, *size))
+        name: None
+        if block is None
+        else TensorDescriptor(block.ptr, *frame.tensors[tensor], *_tile(block.ptr.dtype, *size))
         for name, (tensor, block, *size) in read.items()
     }
     names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")

@@ -2,22 +2,23 @@
 
 import pytest
 import torch
-from prompts import DEVICE, make_ids, make_mask
+from prompts import DEVICE, WRITING, make_ids, make_mask
 
 from .conftest import HOSTS
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_five_prompts_of_different_lengths(make_model, stock, calls, kind, options):
-    model, ids, mask = make_model(kind), make_ids(5, 15), make_mask("left", 5, 15)
+@pytest.mark.parametrize("way", WRITING)
+def test_five_prompts_of_different_lengths(make_model, stock, calls, kind, way):
+    longest = {"max_seq_len": 256} if kind == "mpt" else {}
+    model, ids, mask = make_model(kind, **longest), make_ids(5, 15), make_mask("left", 5, 15)
 
     def write():
-        return model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, **options)
+        return model.generate(ids, attention_mask=mask, **WRITING[way])
 
-    ours = write()
-    assert ours.shape == (5, 55)
-    assert len(calls) == 2 * 40
+    ours, n = write(), WRITING[way]["max_new_tokens"]
+    assert ours.shape == (5, 15 + n)
+    assert len(calls) == 2 * n
     with stock():
         assert torch.equal(ours, write())
 

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from prompts import DEVICE, MASKS, Largest, make_ids, make_mask
+from prompts import DEVICE, MASKS, WRITING, Largest, make_ids, make_mask
 
 from flashbias import Causal, RelativePositionBias
 from flashbias.testing import assert_as_accurate
@@ -159,16 +159,17 @@ def test_chunks_and_steps_through_a_cache(make_model, stock, calls, transformers
 
 
 @every_host
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_generate(make_model, stock, calls, kind, options):
+@pytest.mark.parametrize("way", WRITING)
+def test_generate(make_model, stock, calls, kind, way):
+    """Token for token what the host's own code in fp32 writes, to five prompts of different lengths."""
     model, ids, mask = make_model(kind), make_ids(5, 19), make_mask("right", 5, 19)
 
     def write():
-        return model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, **options)
+        return model.generate(ids, attention_mask=mask, **WRITING[way])
 
-    ours = write()
-    assert ours.shape == (5, 31)
-    assert len(calls) == LAYERS + 30 * 2 * LAYERS
+    ours, n = write(), WRITING[way]["max_new_tokens"]
+    assert ours.shape == (5, 1 + n)
+    assert len(calls) == LAYERS + n * 2 * LAYERS
     with stock():
         assert torch.equal(ours, write())
 

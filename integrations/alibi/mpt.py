@@ -62,9 +62,18 @@ def attention(
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     key, value = language_models.append(module, past_key_values, key, value, options)
-    slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+    slopes = _slopes(attention_mask, position_bias)
     out = attention_mask.attend(query, key, value, module.softmax_scale, slopes)
     return module.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _slopes(positions: Positions, position_bias: Tensor) -> Tensor:
+    """The steps of the host's ALiBi tensor, `(H,)`: once for all layers, since the model gives all of them that one."""
+    known, slopes = positions.made.get("slopes", (None, None))
+    if known is not position_bias:
+        slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+        positions.made["slopes"] = position_bias, slopes
+    return slopes
 
 
 def _not_covered(

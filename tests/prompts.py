@@ -29,11 +29,12 @@ def make_mask(kind: str | None, batch: int, n: int) -> torch.Tensor | None:
 
 MASKS = (None, "left", "right", "holes")
 
-# How `generate()` is asked. Small models soon write one word for ever: where no pair of words may come twice, each
-# token hangs on what was read and written, and a difference would be seen.
-PAIRS_ONCE = {"do_sample": False, "no_repeat_ngram_size": 2}
+# How `generate()` is asked, also MPT, which has no cache unless it is. Small models soon write one word for ever: where
+# no pair of words may come twice, each token hangs on what was read and written, and a difference would be seen.
+GREEDY = {"do_sample": False, "use_cache": True}
+PAIRS_ONCE = GREEDY | {"no_repeat_ngram_size": 2}
 WRITING = {
-    "greedy": {"do_sample": False, "max_new_tokens": 200},
+    "greedy": GREEDY | {"max_new_tokens": 200},
     "no pair twice": PAIRS_ONCE | {"max_new_tokens": 200},
     "beams": PAIRS_ONCE | {"max_new_tokens": 60, "num_beams": 2},
 }

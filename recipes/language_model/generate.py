@@ -19,7 +19,7 @@ PROMPTS, LONGEST = 5, 64  # of the prompts; each of the others is shorter by som
 SHORTER = 9
 FIRST = 3  # of a vocabulary come tokens that mean something else
 # Random models soon write one word for ever, and what is forced says nothing: no pair of words may come twice.
-WRITING = {"do_sample": False, "no_repeat_ngram_size": 2}
+WRITING = {"do_sample": False, "use_cache": True, "no_repeat_ngram_size": 2}
 
 
 def run(names: Sequence[str], tokens: int, layers: int, path: Path | None, device: str, out: Path | None) -> int:

@@ -1,6 +1,7 @@
 """Whole models against the host's own code on the same weights: logits, gradients, caches, compiled graphs."""
 
 import copy
+import importlib
 import inspect
 
 import pytest
@@ -172,6 +173,27 @@ def test_generate(make_model, stock, calls, kind, way):
     assert len(calls) == LAYERS + n * 2 * LAYERS
     with stock():
         assert torch.equal(ours, write())
+
+
+@every_host
+def test_tables_are_kept_until_their_weights_change(make_model, stock, monkeypatch, kind):
+    layer = importlib.import_module("flashbias.integrations.t5.attention")
+    made, make_table = [], layer.make_table
+    monkeypatch.setattr(layer, "make_table", lambda *known: made.append(1) or make_table(*known))
+    model, ids = make_model(kind), make_ids(2, 19)
+    tables = [weight for name, weight in model.named_parameters() if "relative_attention_bias" in name]
+    for _ in range(2):
+        made.clear()
+        ours = model.generate(ids, **WRITING["greedy"] | {"max_new_tokens": 9})
+        assert len(made) == len(tables), "for nine tokens"
+        with stock():
+            assert torch.equal(ours, model.generate(ids, **WRITING["greedy"] | {"max_new_tokens": 9}))
+        with torch.no_grad():
+            for weight in tables:
+                weight.mul_(-1)
+    made.clear()
+    run(model, ids, None, backward=True)
+    assert len(made) == len(tables), "with gradients, in every call"
 
 
 @pytest.mark.parametrize("kind", ["T5", "UMT5"])

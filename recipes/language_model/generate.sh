@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# What BLOOM, Falcon, MPT and T5 write, beside the host in fp32. An H200, about 4 minutes; with --layers 4 half a minute.
+# What BLOOM, Falcon, MPT and T5 write, beside the host in fp32. A GPU; --layers 4 makes it short.
 set -euo pipefail
 exec flashbias language-model generate "$@"

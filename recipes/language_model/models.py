@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-mpt": ("Mpt", SMALL | {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 4096}),
 }
 ATTENTIONS = ("flashbias", "sdpa without bias (wrong)", "stock")
-# For decoding: torch prefers cuDNN, which plans anew for each number of keys.
+# For decoding too: torch prefers cuDNN, for which each number of keys is a case of its own.
 NO_CUDNN = "sdpa without bias or cuDNN (wrong)"
 CHECKED = 1024  # tokens at which outputs are compared with the stock model in fp32
 DECODED = 16

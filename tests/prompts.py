@@ -1,5 +1,7 @@
 """What language models are given in tests: tokens, and masks of every kind; and how large what they make of them is."""
 
+from collections import Counter
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,6 +40,19 @@ WRITING = {
     "no pair twice": PAIRS_ONCE | {"max_new_tokens": 200},
     "beams": PAIRS_ONCE | {"max_new_tokens": 60, "num_beams": 2},
 }
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation is called, by its name, those left out that return a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket.__name__ != "_unsafe_view":
+            self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Largest(TorchDispatchMode):

@@ -58,15 +58,16 @@ class Positions:
     """Which keys of a call count, and up to where a query attends.
 
     n_q, n_k: how many there are. offset: query i attends to keys `j <= i + offset`; a tensor for a cache whose length
-    only the device knows; None for attention to both sides. k_ids: `(B, Nk)` int32, 0 or -1 at padding, or None where
-    every key counts.
+    only the device knows; None for attention to both sides. k_ids: `(B, Nk)` int32, 0 or -1 at padding, and q_ids,
+    `(Nq,)` of 0, both None where every key counts. made: what one layer has computed and the others need too.
     """
 
     n_q: int
     n_k: int
     offset: int | Tensor | None
     k_ids: Tensor | None
-    made: dict[Any, Tensor] = field(default_factory=dict, kw_only=True)
+    q_ids: Tensor | None = None
+    made: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     ndim = 0  # Falcon adds its ALiBi tensor to what has four dimensions
 
@@ -77,13 +78,14 @@ class Positions:
         """The positions of a call; `tokens` `(B, up to Nk)` are not 0 where a key counts; a cache has spare room."""
         if isinstance(offset, Tensor):
             offset = offset.to(device) + 0  # a static cache writes to it in its next update
-        k_ids = None
         if tokens is not None:
             counts = tokens != 0
             tokens = None if n_q >= LONG and readable(counts) and bool(counts.all()) else counts.to(device)
-        if tokens is not None:
-            k_ids = F.pad(tokens, (0, n_k - tokens.shape[-1])).int() - 1
-        return cls(n_q, n_k, offset, k_ids)
+        if tokens is None:
+            return cls(n_q, n_k, offset, None)
+        room = n_k - tokens.shape[-1]
+        k_ids = (F.pad(tokens, (0, room)) if room else tokens).int() - 1
+        return cls(n_q, n_k, offset, k_ids, k_ids.new_zeros(n_q))
 
     @classmethod
     def with_cache(cls: type[P], inputs: Tensor, tokens: Tensor | None, cache: Any) -> P:
@@ -119,8 +121,8 @@ class Positions:
     def mask(self) -> Mask | None:
         """Padding and causality, as far as they hide anything."""
         segments = causal = None
-        if self.k_ids is not None:
-            segments = Segments(self.k_ids.new_zeros(self.n_q), self.k_ids)
+        if self.k_ids is not None and self.q_ids is not None:
+            segments = Segments(self.q_ids, self.k_ids)
         if isinstance(self.offset, Tensor) or (
             self.offset is not None and (self.n_q > 1 or self.offset + 1 < self.n_k)
         ):

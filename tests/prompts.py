@@ -1,5 +1,7 @@
 """What language models are given in tests: tokens, and masks of every kind; and how large what they make of them is."""
 
+from collections import Counter
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +30,29 @@ def make_mask(kind: str | None, batch: int, n: int) -> torch.Tensor | None:
 
 
 MASKS = (None, "left", "right", "holes")
+
+# How `generate()` is asked, also MPT, which has no cache unless it is. Small models soon write one word for ever: where
+# no pair of words may come twice, each token hangs on what was read and written, and a difference would be seen.
+GREEDY = {"do_sample": False, "use_cache": True}
+PAIRS_ONCE = GREEDY | {"no_repeat_ngram_size": 2}
+WRITING = {
+    "greedy": GREEDY | {"max_new_tokens": 200},
+    "no pair twice": PAIRS_ONCE | {"max_new_tokens": 200},
+    "beams": PAIRS_ONCE | {"max_new_tokens": 60, "num_beams": 2},
+}
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation is called, by its name, those left out that return a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket.__name__ != "_unsafe_view":
+            self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Largest(TorchDispatchMode):

@@ -23,13 +23,22 @@ _host_only: list[bool] = []  # not empty inside a call of a model that is left t
 
 def create_causal_mask(config: Any, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kw: Any) -> Any:
     """`modeling_mpt.create_causal_mask`: a `Positions` in place of the mask."""
-    if _host_only or hosts.leaves("MPT", hosts.NAME, attention_mask):
+    tokens = _tokens_of(attention_mask)
+    if _host_only or hosts.leaves("MPT", hosts.NAME, tokens):
         from transformers import masking_utils
 
         return masking_utils.create_causal_mask(
             config, inputs_embeds, attention_mask, past_key_values=past_key_values, **kw
         )
-    return Positions.with_cache(inputs_embeds, attention_mask, past_key_values)
+    return Positions.with_cache(inputs_embeds, tokens, past_key_values)
+
+
+def _tokens_of(mask: Any) -> Any:
+    """Where one query attends, `(B, Nk)`, of a mask `(B, 1, 1, Nk)`, not 0 at hidden keys; any other as it is.
+
+    For static caches `generate()` makes the masks ahead. Here, where padding has positions too, one row says all.
+    """
+    return mask[:, 0, 0] == 0 if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1:3] == (1, 1) else mask
 
 
 def prepare_causal_mask(
@@ -62,9 +71,18 @@ def attention(
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     key, value = language_models.append(module, past_key_values, key, value, options)
-    slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+    slopes = _slopes(attention_mask, position_bias)
     out = attention_mask.attend(query, key, value, module.softmax_scale, slopes)
     return module.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _slopes(positions: Positions, position_bias: Tensor) -> Tensor:
+    """The steps of the host's ALiBi tensor, `(H,)`: once for all layers, since the model gives all of them that one."""
+    known, slopes = positions.made.get("slopes", (None, None))
+    if known is not position_bias:
+        slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+        positions.made["slopes"] = position_bias, slopes
+    return slopes
 
 
 def _not_covered(

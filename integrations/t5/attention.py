@@ -11,10 +11,13 @@ from torch import Tensor
 
 from flashbias import RelativePositionBias, biased_attention
 from flashbias.integrations import language_models
-from flashbias.integrations.integration import Replacement
+from flashbias.integrations.derived import Derived, keepable
+from flashbias.integrations.integration import Replacement, is_hooked
 from flashbias.integrations.language_models import Positions
 
 from .masks import positions_of
+
+_tables: Derived[Tensor] = Derived()
 
 Buckets = Callable[[Any, Tensor], Tensor]  # of distances, by what a layer knows
 
@@ -39,6 +42,17 @@ def make_table(module: Any, buckets: Buckets) -> Tensor:
     reach = max(module.relative_attention_max_distance, module.relative_attention_num_buckets)
     distance = torch.arange(-reach, reach + 1, device=module.relative_attention_bias.weight.device)
     return module.relative_attention_bias(buckets(module, distance)).t().float()
+
+
+def table_of(module: Any, buckets: Buckets) -> Tensor:
+    """The same; without gradients kept until the weights change, since to find the buckets takes many small steps."""
+    embedding = module.relative_attention_bias
+    weight = embedding.weight
+    plain = type(embedding) is torch.nn.Embedding and not is_hooked(embedding)
+    if torch.is_grad_enabled() or not plain or not keepable([weight]):
+        return make_table(module, buckets)
+    key = module.is_decoder, module.relative_attention_num_buckets, module.relative_attention_max_distance
+    return _tables.get(weight, [weight], key, lambda: make_table(module, buckets))
 
 
 def _heads(module: Any, x: Tensor) -> Tensor:
@@ -80,7 +94,7 @@ def attend(
     query = _heads(module, module.q(hidden_states))
     key, value = _keys_and_values(module, hidden_states, memory, cache, options)
     if table is None and module.has_relative_attention_bias:
-        table = make_table(module, buckets)
+        table = table_of(module, buckets)
     bias = None if table is None else RelativePositionBias(table)
     out = biased_attention(query, key, value, bias, mask=positions.mask(), scale=1.0)
     assert isinstance(out, Tensor)

@@ -67,12 +67,31 @@ def models(
 ) -> None:
     """Prefill time and memory, and decoded tokens a second, of models in transformers, stock and patched.
 
-    Beside them the same patched model with torch's attention without any bias, which is wrong, and the bound. Appends
-    to language_model_models.csv row by row; exit code 1: ours is less accurate than the host.
+    Beside them the same patched model with torch's attention without any bias, which is wrong, and the bound. Writes
+    language_model_models.csv row by row; exit code 1: ours is less accurate than the host.
     """
     from .models import run
 
     raise typer.Exit(run(model or [], [int(word) for word in lengths.split(",")], decode, path, device, out))
+
+
+@app.command()
+def generate(
+    model: Annotated[list[str] | None, typer.Option(help="As of models, t5-large and tiny-t5; all large ones.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="To write, for each of five prompts.")] = 200,
+    layers: Annotated[int, typer.Option(min=0, help="Of random weights; 0: as many as the model has.")] = 0,
+    path: Annotated[Path | None, typer.Option(help="Weights of the one model that is named; random without.")] = None,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """What models write to five prompts with padding, token for token beside the host's own code in fp32.
+
+    In fp32 all tokens have to be the same; in half precision ours and the host's own are counted up to the first that
+    differs. Writes language_model_generate.csv row by row; exit code 1: a token in fp32 differs.
+    """
+    from .generate import run
+
+    raise typer.Exit(run(model or [], tokens, layers, path, device, out))
 
 
 @app.command()
@@ -86,8 +105,8 @@ def t5(
 ) -> None:
     """A T5 encoder forward and back, the gradient of its position bias included, stock and patched.
 
-    Beside them the same patched model with torch's attention without any bias, which is wrong, and the bound. Appends
-    to language_model_t5.csv row by row; exit code 1: ours is less accurate than the host.
+    Beside them the same patched model with torch's attention without any bias, which is wrong, and the bound. Writes
+    language_model_t5.csv row by row; exit code 1: ours is less accurate than the host.
     """
     from .t5 import run
 

@@ -1,4 +1,4 @@
-"""What the recipes on whole models measure with: times, memory given back, and rows that a cut run leaves behind."""
+"""What the recipes on whole models share: random weights, times, memory given back, rows that a cut run leaves."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ def open_rows(name: str, device: str, out: Path | None) -> Iterator[Callable[[di
             file.flush()
 
         yield store
+
+
+def random_model(cls: Any, config: Any, device: str, dtype: Any) -> Any:
+    """A model of transformers with random weights, drawn on the device and in the dtype: no other copy is made."""
+    import torch
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return cls(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def milliseconds(work: Callable[[], object], device: str) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashbias.errors import FlashBiasError
 
-from .measuring import free, milliseconds, open_rows, reason
+from .measuring import free, milliseconds, open_rows, random_model, reason
 
 BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
 MPT = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 65536}
@@ -28,6 +29,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-mpt": ("Mpt", SMALL | {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 4096}),
 }
 ATTENTIONS = ("flashbias", "sdpa without bias (wrong)", "stock")
+# For decoding too: torch prefers cuDNN, for which each number of keys is a case of its own.
+NO_CUDNN = "sdpa without bias or cuDNN (wrong)"
 CHECKED = 1024  # tokens at which outputs are compared with the stock model in fp32
 DECODED = 16
 REPEATS = 3
@@ -52,43 +55,53 @@ def run(
                 figures = (
                     f"{row['milliseconds'] or '-':>9} ms {row['peak_mib'] or '-':>9} MiB {row['tokens_per_second']}"
                 )
-                print(f"{name:13} {row['work']:7} {row['attention']:26} {row['tokens']:6} {figures} {row['reason']}")
+                place = f"{name:13} {row['work']:7} {row['attention']:34} {row['tokens']:6}"
+                print(place, figures, row["reason"], flush=True)
                 rows.append(row)
-    wrong = [row for row in rows if row["attention"] == "flashbias" and not row["accurate"]]
+    wrong = [row for row in rows if row["attention"] in ("flashbias", "") and row["accurate"] is not True]
     print(json.dumps({"rows": len(rows), "wrong": len(wrong)}), flush=True)
     return 1 if wrong else 0
 
 
 def measure(name: str, lengths: Sequence[int], decode: int, path: Path | None, device: str) -> Iterator[dict[str, Any]]:
-    """A row for each attention and length, and for decoding."""
-    import torch
-
-    model = make(name, path, device)
-    errors = check(model, device)
-    base = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), **errors}
+    """A row for each attention and length, and for decoding; what fails has its reason in its row."""
+    base = {"model": name, "dtype": "", "error": "", "host_error": "", "accurate": ""}
+    try:
+        model = make(name, path, device)
+        base["dtype"] = str(model.dtype).removeprefix("torch.")
+        base |= check(model, device)
+    except Exception as failure:
+        yield base | _empty_row("check", "", CHECKED) | {"reason": reason(failure)}
+        return
+    free(device)
     for attention in ATTENTIONS:
         full = False
         for tokens in lengths:
-            row = base | {"work": "prefill", "attention": attention, "tokens": tokens, "milliseconds": "",
-                          "peak_mib": "", "tokens_per_second": "", "reason": ""}  # fmt: skip
-            if full:
-                yield row | {"reason": "a shorter prompt did not fit"}
-                continue
-            try:
-                with as_asked(attention):
-                    yield row | prefill(model, tokens, device)
-            except Exception as failure:
-                full = isinstance(failure, torch.OutOfMemoryError)
-                yield row | {"reason": reason(failure)}
+            row = _row("prefill", attention, tokens, partial(prefill, model, attention, tokens, device), full)
+            full |= "OutOfMemory" in row["reason"]
+            yield base | row
             free(device)
-        if decode:
-            row = base | {"work": "decode", "attention": attention, "tokens": decode, "milliseconds": "",
-                          "peak_mib": "", "tokens_per_second": "", "reason": ""}  # fmt: skip
-            try:
-                yield row | decoding(model, attention, decode, device)
-            except Exception as failure:
-                yield row | {"reason": reason(failure)}
-            free(device)
+    for attention in (*ATTENTIONS, NO_CUDNN) if decode else ():
+        yield base | _row("decode", attention, decode, partial(decoding, model, attention, decode, device))
+        free(device)
+
+
+def _row(
+    work: str, attention: str, tokens: int, measured: Callable[[], dict[str, Any]], full: bool = False
+) -> dict[str, Any]:
+    """What was measured, or why it was not; `full`: not tried, since less did not fit."""
+    row = _empty_row(work, attention, tokens)
+    if full:
+        return row | {"reason": "a shorter prompt: OutOfMemoryError"}
+    try:
+        return row | measured()
+    except Exception as failure:
+        return row | {"reason": reason(failure)}
+
+
+def _empty_row(work: str, attention: str, tokens: int) -> dict[str, Any]:
+    figures = dict.fromkeys(("milliseconds", "peak_mib", "tokens_per_second", "reason"), "")
+    return {"work": work, "attention": attention, "tokens": tokens, **figures}
 
 
 def make(name: str, path: Path | None, device: str) -> Any:
@@ -108,19 +121,13 @@ def make(name: str, path: Path | None, device: str) -> Any:
         return cls.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device).eval()
     config = getattr(transformers, f"{kind}Config")(**options)
     config._attn_implementation = attention
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return cls(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    return random_model(cls, config, device, dtype).eval()
 
 
 @contextmanager
 def as_asked(attention: str) -> Iterator[None]:
     """Inside, models run the attention of that name."""
+    import torch
     import torch.nn.functional as F
 
     from flashbias.integrations import alibi
@@ -133,14 +140,17 @@ def as_asked(attention: str) -> Iterator[None]:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=self.n_q > 1, scale=scale)
         return out.view(shape)
 
-    attend = Positions.attend
+    attend, cudnn = Positions.attend, torch.backends.cuda.cudnn_sdp_enabled()
     (alibi.revert if attention == "stock" else alibi.apply)()
     if attention.startswith("sdpa"):
         Positions.attend = without_bias  # type: ignore[method-assign]
+    if attention == NO_CUDNN:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         Positions.attend = attend  # type: ignore[method-assign]
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         alibi.revert()
 
 
@@ -170,14 +180,14 @@ def check(model: Any, device: str) -> dict[str, Any]:
     return {"error": errors["flashbias"], "host_error": errors["stock"], "accurate": errors["flashbias"] <= bound}
 
 
-def prefill(model: Any, tokens: int, device: str) -> dict[str, Any]:
+def prefill(model: Any, attention: str, tokens: int, device: str) -> dict[str, Any]:
     """Median time and peak memory of the layers on one prompt, its cache filled; logits are left out."""
     import torch
 
     from flashbias.recipes.memory import peak_memory
 
     ids = _ids(model, tokens, device)
-    with torch.no_grad():
+    with torch.no_grad(), as_asked(attention):
         memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)[1]
         times = [milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)]
     return {"milliseconds": round(sorted(times)[len(times) // 2], 3), "peak_mib": round(memory / 2**20)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashbias.errors import FlashBiasError
 
-from .measuring import free, milliseconds, open_rows, reason
+from .measuring import free, milliseconds, open_rows, random_model, reason
 
 LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128}
 TINY = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
@@ -86,15 +86,9 @@ def make(size: str, device: str) -> Any:
     make_importable()
     import transformers
 
-    torch.manual_seed(0)
     config = transformers.T5Config(dropout_rate=0.0, **SIZES[size])
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    try:
-        with torch.device(device):
-            model = transformers.T5EncoderModel(config)
-    finally:
-        torch.set_default_dtype(before)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = random_model(transformers.T5EncoderModel, config, device, dtype)
     torch.nn.init.normal_(model.get_parameter(TABLE))
     return model.train()
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from flashbias.recipes.language_model import gpt, models, t5
+from flashbias.recipes.language_model import generate, gpt, models, t5
 from flashbias.recipes.language_model.accuracy import run as train
 
 WAYS = ["torch", "flashbias", "factors in fp16", "factors in bf16"]
@@ -62,15 +62,41 @@ def test_every_attention_has_its_row_and_a_failure_says_why(tmp_path, monkeypatc
     monkeypatch.setitem(models.MODELS, "tiny-mpt", (kind, options | {"max_seq_len": 48}))
     assert models.run(["tiny-mpt"], [32, 64], 40, None, "cpu", tmp_path) == 0
     rows = read(tmp_path / "language_model_models.csv")
-    assert [(row["attention"], row["work"], row["tokens"]) for row in rows] == [
-        (attention, *work)
-        for attention in models.ATTENTIONS
-        for work in (("prefill", "32"), ("prefill", "64"), ("decode", "40"))
+    assert [(row["work"], row["attention"], row["tokens"]) for row in rows] == [
+        *(("prefill", attention, tokens) for attention in models.ATTENTIONS for tokens in ("32", "64")),
+        *(("decode", attention, "40") for attention in (*models.ATTENTIONS, models.NO_CUDNN)),
     ]
     failed = [row for row in rows if row["reason"]]
     assert [(row["attention"], row["tokens"]) for row in failed] == [("stock", "64")], "more keys than max_seq_len"
     assert all(float(row["milliseconds"]) > 0 for row in rows if not row["reason"])
     assert {row["accurate"] for row in rows} == {"True"}
+
+
+def test_model_that_cannot_be_made_or_checked_leaves_the_others_their_rows(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "CHECKED", 40)
+    monkeypatch.setattr(models, "REPEATS", 1)
+    monkeypatch.setitem(models.MODELS, "tiny-mpt", ("Mpt", {"d_model": 64, "n_heads": 5}))
+    assert models.run(["tiny-mpt,tiny-bloom"], [32], 0, None, "cpu", tmp_path) == 1
+    rows = read(tmp_path / "language_model_models.csv")
+    assert [row["model"] for row in rows] == ["tiny-mpt"] + ["tiny-bloom"] * 3
+    assert rows[0]["work"] == "check"
+    assert "5" in rows[0]["reason"]
+    assert not any(row["reason"] for row in rows[1:])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 4, "wrong": 1}
+
+
+def test_longer_prompts_are_not_tried_where_a_shorter_one_did_not_fit(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "CHECKED", 40)
+
+    def full(model, attention, tokens, device):
+        raise torch.OutOfMemoryError(f"{tokens} tokens")
+
+    monkeypatch.setattr(models, "prefill", full)
+    models.run(["tiny-bloom"], [32, 64], 0, None, "cpu", tmp_path)
+    reasons = [row["reason"] for row in read(tmp_path / "language_model_models.csv")]
+    assert reasons == ["OutOfMemoryError: 32 tokens", "a shorter prompt: OutOfMemoryError"] * 3
 
 
 def test_t5_in_training_by_every_attention(tmp_path, monkeypatch, capsys):
@@ -100,3 +126,36 @@ def test_t5_that_is_wrong_is_told(tmp_path, monkeypatch):
     table = layer.make_table
     monkeypatch.setattr(layer, "make_table", lambda *layer_and_buckets: table(*layer_and_buckets) * 1.01)
     assert t5.run("tiny-t5", [16], 1, False, "cpu", tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny-bloom", "tiny-t5"])
+def test_texts_in_fp32_are_those_of_the_host_and_others_are_counted(tmp_path, name):
+    pytest.importorskip("transformers")
+    assert generate.run([name], 7, 1, None, "cpu", tmp_path) == 0
+    rows = read(tmp_path / "language_model_generate.csv")
+    assert [row["dtype"] for row in rows] == ["float32", "float16", "bfloat16"]
+    assert [row[column] for row in rows[:1] for column in ("equal", "host_equal", "next_equal", "of")] == ["35"] * 4
+    assert all(0 < int(row["equal"]) <= 35 and float(row["tokens_per_second"]) > 0 for row in rows)
+    assert [row["accurate"] for row in rows] == ["True", "", ""]
+
+
+def test_another_text_in_fp32_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from flashbias.integrations.alibi import bloom
+
+    slopes = bloom.alibi_slopes
+    monkeypatch.setattr(bloom, "alibi_slopes", lambda *heads: slopes(*heads) * -3)
+    assert generate.run(["tiny-bloom"], 30, 0, None, "cpu", tmp_path) == 1
+
+
+def test_tokens_count_up_to_the_first_that_differs():
+    texts = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    others = torch.tensor([[1, 2, 0, 4], [1, 2, 3, 4]])
+    assert generate.agreement(texts, others) == 2 + 4
+
+
+def test_prompts_have_their_padding_where_models_want_it():
+    for name, edge in (("tiny-bloom", 0), ("tiny-t5", -1)):
+        pytest.importorskip("transformers")
+        _, mask = generate.prompts(generate.make(name, 1, None, "cpu"), "cpu")
+        assert mask[:, edge].tolist() == [1, 0, 0, 0, 0]

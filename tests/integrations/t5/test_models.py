@@ -1,11 +1,12 @@
 """Whole models against the host's own code on the same weights: logits, gradients, caches, compiled graphs."""
 
 import copy
+import importlib
 import inspect
 
 import pytest
 import torch
-from prompts import DEVICE, MASKS, Largest, make_ids, make_mask
+from prompts import DEVICE, MASKS, WRITING, Largest, make_ids, make_mask
 
 from flashbias import Causal, RelativePositionBias
 from flashbias.testing import assert_as_accurate
@@ -159,18 +160,40 @@ def test_chunks_and_steps_through_a_cache(make_model, stock, calls, transformers
 
 
 @every_host
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_generate(make_model, stock, calls, kind, options):
+@pytest.mark.parametrize("way", WRITING)
+def test_generate(make_model, stock, calls, kind, way):
+    """Token for token what the host's own code in fp32 writes, to five prompts of different lengths."""
     model, ids, mask = make_model(kind), make_ids(5, 19), make_mask("right", 5, 19)
 
     def write():
-        return model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, **options)
+        return model.generate(ids, attention_mask=mask, **WRITING[way])
 
-    ours = write()
-    assert ours.shape == (5, 31)
-    assert len(calls) == LAYERS + 30 * 2 * LAYERS
+    ours, n = write(), WRITING[way]["max_new_tokens"]
+    assert ours.shape == (5, 1 + n)
+    assert len(calls) == LAYERS + n * 2 * LAYERS
     with stock():
         assert torch.equal(ours, write())
+
+
+@every_host
+def test_tables_are_kept_until_their_weights_change(make_model, stock, monkeypatch, kind):
+    layer = importlib.import_module("flashbias.integrations.t5.attention")
+    made, make_table = [], layer.make_table
+    monkeypatch.setattr(layer, "make_table", lambda *known: made.append(1) or make_table(*known))
+    model, ids = make_model(kind), make_ids(2, 19)
+    tables = [weight for name, weight in model.named_parameters() if "relative_attention_bias" in name]
+    for _ in range(2):
+        made.clear()
+        ours = model.generate(ids, **WRITING["greedy"] | {"max_new_tokens": 9})
+        assert len(made) == len(tables), "for nine tokens"
+        with stock():
+            assert torch.equal(ours, model.generate(ids, **WRITING["greedy"] | {"max_new_tokens": 9}))
+        with torch.no_grad():
+            for weight in tables:
+                weight.mul_(-1)
+    made.clear()
+    run(model, ids, None, backward=True)
+    assert len(made) == len(tables), "with gradients, in every call"
 
 
 @pytest.mark.parametrize("kind", ["T5", "UMT5"])

@@ -66,7 +66,7 @@ def gather(
         for part in mask.parts():
             _check_devices(part, problem)
             _add_mask(operands, part, problem)
-        _count(operands, problem)
+        problem.q_ids, problem.k_ids, problem.lengths = operands.q_ids, operands.k_ids, operands.lengths
     if bias is not None:
         if not isinstance(bias, Bias):
             raise DtypeError(
@@ -137,17 +137,6 @@ def _join(ids: Tensor, others: Tensor | None) -> Tensor:
         return ids.int() if ids.dtype == torch.int64 else ids
     ids, others = ids.long(), others.long()
     return torch.where((ids == -1) | (others == -1), -1, (ids << 32) | (others & 0xFFFFFFFF))
-
-
-def _count(operands: Operands, problem: Problem) -> None:
-    """Note in the problem which positions lengths and ids leave out."""
-    if operands.lengths is not None:
-        positions = torch.arange(problem.n_k, device=problem.device)
-        problem.k_counts = positions < operands.lengths[..., None]
-    if operands.q_ids is not None and operands.k_ids is not None:
-        problem.q_counts = operands.q_ids != -1
-        k_counts = operands.k_ids != -1
-        problem.k_counts = k_counts if problem.k_counts is None else problem.k_counts & k_counts
 
 
 def _zero_beyond(factor: Tensor, counts: Tensor | None) -> Tensor:

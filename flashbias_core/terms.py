@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,8 +24,30 @@ class Problem:
     n_k: int
     offset: int | Tensor
     device: torch.device
-    q_counts: Tensor | None = None
-    k_counts: Tensor | None = None
+    q_ids: Tensor | None = None
+    k_ids: Tensor | None = None
+    lengths: Tensor | None = None
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+    # Found where a bias asks for them: most do not, and each would be launches in every call.
+    @property
+    def q_counts(self) -> Tensor | None:
+        if self.q_ids is not None and "q" not in self.made:
+            self.made["q"] = self.q_ids != -1
+        return self.made.get("q")
+
+    @property
+    def k_counts(self) -> Tensor | None:
+        if "k" not in self.made:
+            within = by_id = None
+            if self.lengths is not None:
+                within = torch.arange(self.n_k, device=self.device) < self.lengths[..., None]
+            if self.k_ids is not None:
+                by_id = self.k_ids != -1
+            counts = within & by_id if within is not None and by_id is not None else within if by_id is None else by_id
+            if counts is not None:
+                self.made["k"] = counts
+        return self.made.get("k")
 
 
 @dataclass

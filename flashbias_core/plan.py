@@ -131,11 +131,12 @@ TILES = {
         "forward pairs":      "64x64/4/3          64x64/4/3         64x32/8/2     64x32/8/2",
         "forward positions":  "64x64/4/3          128x64/8/3        128x64/8/3    64x32/8/2",
         "forward rank":       "128x64/8/3         128x64/8/3        32x32/4/2     64x32/8/2",
-        "teams rank causal":  "64x64/4/2/16/80/1  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
-        "teams rank":         "64x64/4/2/16/80/2  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
-        "teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
-        "teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
-        "teams":              "64x64/4/2/16/64/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
+        "forward teams rank causal":  "64x64/4/2/16/80/1  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
+        "forward teams rank":         "64x64/4/2/16/80/2  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
+        "forward teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
+        "forward teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
+        "forward teams":      "64x64/4/2/16/64/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
+        "keys teams":         "64x64/4/3/16/128/1  64x64/4/3/16/128/1  32x64/4/3/16/168/2",
         "queries":            "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2    32x32/8/1",
         "queries slopes":     "64x64/4/3/16/168   64x64/4/3         64x32/4/2     32x32/8/1",
         "queries dense":      "64x64/4/3          64x64/4/2         64x32/8/2     32x32/8/1",
@@ -245,8 +246,10 @@ def _parse(text: str) -> Tiles:
     return Tiles(*map(int, text.replace("x", "/").split("/")))
 
 
-def teams(query: torch.Tensor, n_k: int, constants: Mapping[str, Any]) -> Tiles | None:
-    """The tiles with which `kernels/hopper.py` serves a forward call, or None where the general kernel does.
+def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]) -> Tiles | None:
+    """The tiles with which teams serve a call, or None where the general kernel does.
+
+    `kind` is "forward" (`kernels/hopper.py`) or "keys" (`kernels/hopper_keys.py`).
 
     `constants` as for `tiles`, and PLAIN: no mask but the causal one, and of the bias' terms only factors and slopes by
     order, all in tensors that can be copied tile by tile.
@@ -256,10 +259,11 @@ def teams(query: torch.Tensor, n_k: int, constants: Mapping[str, Any]) -> Tiles 
     rows, n_q = query.shape[:-2].numel(), query.shape[-2]
     if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > 128:
         return None
-    if not constants["FOLDED"] and constants["RANK"] < 2 * constants["WIDTH"]:
+    if not constants["FOLDED"] and (kind != "forward" or constants["RANK"] < 2 * constants["WIDTH"]):
         return None  # queries in two halves cost as many columns again
-    found = select("teams", (9, 0), 2, constants)
-    programs = cdiv(n_q, found.block_m * found.teams) * rows
+    found = select(f"{kind} teams", (9, 0), 2, constants)
+    own = cdiv(n_q, found.block_m) if kind == "forward" else cdiv(n_k, found.block_n)
+    programs = cdiv(own, found.teams) * rows
     worth = rows * n_q * n_k >= TEAM_WORK and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
 

@@ -122,7 +122,7 @@ def _frame(
     if planes is not None:
         strides["values"] = _count_planes(strides["values"], planes[1][0])
     copied = [name for name in (*INPUTS, "q_columns", "k_columns") if name in lie]
-    tensors = {name: _described(lie[name], strides[name], layout) for name in copied}
+    tensors = {name: described(lie[name], strides[name], layout) for name in copied}
     plain = set(given) <= {*INPUTS, "q_columns", "k_columns", "slopes"} and not symmetric
     traits["PLAIN"] = plain and None not in tensors.values()
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits)
@@ -236,11 +236,16 @@ def _planes(values: Geometry) -> tuple[list[int], list[int]] | None:
     return [prod(size for size, _ in outer), n_q, n_k], [plane, row, column]
 
 
-def _described(
+def described(
     known: Geometry, strides: tuple[int, int, int, int] | None, layout: Layout
 ) -> tuple[list[int], list[int]] | None:
-    """Shape and strides over outer and inner batch, head, row and column; None where hardware could not copy tiles."""
-    if strides is None or known.place or any(stride * known.dtype.itemsize % 16 for stride in strides):
+    """Shape and strides over outer and inner batch, head, row, column; None where hardware could not copy tiles."""
+    if (
+        strides is None
+        or not strides[3]
+        or known.place
+        or any(stride * known.dtype.itemsize % 16 for stride in strides)
+    ):
         return None
     heads, n_rows, columns = (1, *known.shape)[-3:]
     sizes = [size if stride else 1 for size, stride in zip((layout.outer, layout.inner, heads), strides, strict=False)]

@@ -329,28 +329,35 @@ def forward_teams_kernel(
 
 def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
     """Write output and LSE of a call that `plan.teams` gives to this kernel."""
+    constants = call.frame.constants
+    arguments = inputs(call, tiles) | {name: constants[name] for name in ("C_V", "FOLDED")} | {"out": out, "lse": lse}
+    programs = plan.cdiv(out.shape[-2], tiles.block_m * tiles.teams) * out.shape[:-2].numel()
+    launch(forward_teams_kernel, call, tiles, programs, arguments, (out, lse))
+
+
+def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
+    """The arguments that say what is read, queries, keys, values and columns by tiles, and how it is laid out."""
     frame, bias = call.frame, call.sizes["terms"]
-    constants = {name: frame.constants[name] for name in ("C_V", "RANK", "CHUNK", "FOLDED", "CAUSAL")}
-    width, chunk = frame.constants["WIDTH"], frame.constants["CHUNK"]
+    width, width_v, chunk = (frame.constants[name] for name in ("WIDTH", "WIDTH_V", "CHUNK"))
     read = {
         "q": ("query", call.q, tiles.block_m, width),
         "k": ("key", call.k, tiles.block_n, width),
-        "v": ("value", call.v, tiles.block_n, frame.constants["WIDTH_V"]),
+        "v": ("value", call.v, tiles.block_n, width_v),
         "q_columns": ("q_columns", bias.q_columns, tiles.block_m, chunk),
         "k_columns": ("k_columns", bias.k_columns, tiles.block_n, chunk),
     }
-    arguments: dict[str, Any] = {
-        name: None
-        if block is None
-        else TensorDescriptor(block.ptr, *frame.tensors[tensor], *_tile(block.ptr.dtype, *size))
+    arguments = {
+        name: None if block is None else descriptor(block, frame.tensors[tensor], *size)
         for name, (tensor, block, *size) in read.items()
     }
     names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
-    arguments |= {name: call.sizes[name] for name in names} | constants | {"out": out, "lse": lse}
-    arguments["slopes"] = bias.slopes
-    programs = plan.cdiv(out.shape[-2], tiles.block_m * tiles.teams) * out.shape[:-2].numel()
-    key = ("teams", tiles, compiled.kind(bias.slopes), compiled.kind(out), compiled.kind(lse))
-    compiled.launch(forward_teams_kernel, (programs, 1), arguments, tiles.options(), frame.compiled, key)
+    arguments |= {name: call.sizes[name] for name in names}
+    return arguments | {name: frame.constants[name] for name in ("RANK", "CHUNK", "CAUSAL")} | {"slopes": bias.slopes}
+
+
+def descriptor(block: terms.Block, lie: tuple[list[int], list[int]], rows: int, columns: int) -> TensorDescriptor:
+    """A tensor, of which hardware copies tiles of so many rows and columns."""
+    return TensorDescriptor(block.ptr, *lie, *_tile(block.ptr.dtype, rows, columns))
 
 
 @cache
@@ -359,3 +366,11 @@ def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NV
     shape = [1, 1, 1, rows, columns]
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
     return shape, gl.NVMMASharedLayout.get_default_for(shape, kind)
+
+
+def launch(
+    kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Tensor, ...]
+) -> None:
+    """Launch a kernel of teams; `made` are the tensors among its arguments that are no inputs of the call."""
+    key = (id(kernel), tiles, compiled.kind(arguments["slopes"]), compiled.kind(made))
+    compiled.launch(kernel, (programs, 1), arguments, tiles.options(), call.frame.compiled, key)

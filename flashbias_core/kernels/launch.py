@@ -36,7 +36,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
         return out.zero_(), lse.fill_(-torch.inf)
     with _on(query):
         call = prepare(query, key, value, operands, scale)
-        teams = plan.teams(query, key.shape[-2], call.frame.traits)
+        teams = plan.teams("forward", query, key.shape[-2], call.frame.traits)
         if teams:
             from . import hopper  # not everywhere can its language be imported
 
@@ -151,6 +151,13 @@ def _key_side(
     statistics: dict[str, Any],
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Gradients of keys and values for each query head, and of their factor."""
+    teams = plan.teams("keys", query, key.shape[-2], call.frame.traits)
+    if teams and not names & {"k_factor"}:
+        from . import hopper_keys
+
+        sides = {"key": _per_head(query, key), "value": _per_head(query, value)}
+        if hopper_keys.backward(call, teams, statistics, sides["key"], sides["value"]):
+            return dict(sides)
     tiles = call.tiles("keys", query)
     side = _columns(q_factor if "k_factor" in names else None, query, tiles)
     d_key = _per_head(query, key) if "key" in names else None

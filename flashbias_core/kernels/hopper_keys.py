@@ -1,0 +1,272 @@
+"""Gradients of keys and values on Hopper, by teams of warps as in `hopper.py`.
+
+What is computed is told in `backward.py`. A team keeps a tile of keys; while it turns the scores of one tile of queries
+into their gradient, tensor cores add the tile before to the gradients of keys and values and form the next scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from flashbias import plan
+
+from .call import Call, described
+from .hopper import (
+    LOADER,
+    LOG2_E,
+    WARPS,
+    barriers,
+    descriptor,
+    inputs,
+    launch,
+    matrix,
+    pack,
+    rooms_for,
+    start_copy,
+    unpack,
+)
+from .layout import Geometry, geometry
+
+
+@gluon.jit
+def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr, TEAMS: gl.constexpr):
+    """The warp that loads: keys and values for every team, then queries and gradients of their outputs by tiles."""
+    q, k, v, d_out = tensors[0], tensors[1], tensors[2], tensors[3]
+    own_ready, q_ready = ready
+    i_o, i_i, i_h, i_kv, n_first, m_begin, n_tiles = place
+    STAGES: gl.constexpr = rooms[0].shape[0]
+    BLOCK_M: gl.constexpr = q.block_shape[3]
+    BLOCK_N: gl.constexpr = k.block_shape[3]
+    COLUMNS: gl.constexpr = q.block_shape[4] + v.block_shape[4] + RANK
+    for i_team in gl.static_range(TEAMS):
+        first = n_first + i_team * BLOCK_N
+        mbarrier.expect(own_ready.index(i_team), BLOCK_N * COLUMNS * 2)  # bytes
+        start_copy(k, i_o, i_i, i_kv, first, 0, own_ready.index(i_team), rooms[1].index(i_team))
+        start_copy(v, i_o, i_i, i_kv, first, 0, own_ready.index(i_team), rooms[2].index(i_team))
+        for i in gl.static_range(RANK // CHUNK):
+            room = rooms[5].index(i_team * (RANK // CHUNK) + i)
+            start_copy(tensors[5], i_o, i_i, i_h, first, i * CHUNK, own_ready.index(i_team), room)
+    slot = 0
+    phase = 1
+    for i_tile in range(n_tiles):
+        first = m_begin + i_tile * BLOCK_M
+        mbarrier.wait(free.index(slot), phase)
+        mbarrier.expect(q_ready.index(slot), BLOCK_M * COLUMNS * 2)
+        start_copy(q, i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[0].index(slot))
+        start_copy(d_out, i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[3].index(slot))
+        for i in gl.static_range(RANK // CHUNK):
+            q_room = rooms[4].index(slot * (RANK // CHUNK) + i)
+            start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, q_ready.index(slot), q_room)
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+
+
+@gluon.jit
+def start_products(rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr):
+    """Start the scores of a tile, and the products of its values with the gradients of outputs."""
+    b_s = warpgroup_mma(
+        matrix(rooms[1], i_team), matrix(rooms[0], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+    for i in gl.static_range(CHUNKS):
+        b_columns = matrix(rooms[4], slot * CHUNKS + i).permute((1, 0))
+        b_s = warpgroup_mma(matrix(rooms[5], i_team * CHUNKS + i), b_columns, b_s, is_async=True)
+    b_dp = warpgroup_mma(
+        matrix(rooms[2], i_team), matrix(rooms[3], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+    return b_s, b_dp
+
+
+@gluon.jit
+def load_statistics(level, delta, o_m, n_q):
+    """Level and delta of a tile's queries; those beyond the last have no probabilities."""
+    b_level = gl.load(level + o_m, mask=o_m < n_q, other=float("inf"))
+    b_delta = gl.load(delta + o_m, mask=o_m < n_q, other=0.0)
+    return b_level, gl.expand_dims(b_delta, 0)
+
+
+@gluon.jit
+def compute(
+    i_team, rooms, ready, free, place, made, statistics, sizes,
+    C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """A team: the gradients of its tile of keys and of their values."""
+    own_ready, q_ready = ready
+    i_bh, n_first, m_begin, n_tiles, p_slope = place
+    d_key, d_value = made
+    level, delta = statistics
+    n_q, n_k, offset, unit = sizes
+    DTYPE: gl.constexpr = rooms[0].dtype
+    BLOCK_M: gl.constexpr = rooms[0].shape[4]
+    BLOCK_N: gl.constexpr = rooms[1].shape[4]
+    STAGES: gl.constexpr = rooms[0].shape[0]
+    WIDTH: gl.constexpr = rooms[0].shape[5]
+    WIDTH_V: gl.constexpr = rooms[3].shape[5]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, KEYS, 2)
+    LEFT_V: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
+
+    n_first += i_team * BLOCK_N
+    level += i_bh * n_q
+    delta += i_bh * n_q
+    n_checked = 1
+    if CAUSAL:  # tiles that the diagonal may cross
+        n_checked = gl.maximum(gl.cdiv(gl.maximum(n_first + BLOCK_N - 1 - offset, 0) - m_begin, BLOCK_M), 1)
+        n_checked = gl.minimum(n_checked, n_tiles)
+    slope = 0.0
+    if SLOPES:
+        slope = gl.load(p_slope) * LOG2_E
+    o_n = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES)), 1)
+    o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
+    to_log2 = unit * LOG2_E
+    b_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
+    b_d_key = gl.zeros([BLOCK_N, WIDTH], gl.float32, KEYS)
+    b_d_value = gl.zeros([BLOCK_N, WIDTH_V], gl.float32, VALUES)
+    mbarrier.wait(own_ready.index(i_team), 0)
+
+    slot = 0
+    phase = 0
+    b_level, b_delta = load_statistics(level, delta, m_begin + o_m, n_q)
+    mbarrier.wait(q_ready.index(0), 0)
+    b_s, b_dp = start_products(rooms, i_team, 0, b_zero, CHUNKS)
+    b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
+    b_p = probabilities(b_s, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, CAUSAL)
+    b_ds = pack(b_p * (b_dp - b_delta), DTYPE)
+    b_pairs = pack(b_p, DTYPE)
+    for part in gl.static_range(0 if CAUSAL else 1, 2):
+        begin = 1 if part == 0 else n_checked
+        end = n_checked if part == 0 else n_tiles
+        for i_tile in range(begin, end):
+            # The order matters, as in `hopper.compute`.
+            m_first = m_begin + i_tile * BLOCK_M
+            next_slot = slot + 1
+            next_phase = phase
+            if next_slot == STAGES:
+                next_slot = 0
+                next_phase = phase ^ 1
+            b_level, b_delta = load_statistics(level, delta, m_first + o_m, n_q)
+            b_left = unpack(b_ds, DTYPE, LEFT)
+            b_weights = unpack(b_pairs, DTYPE, LEFT_V)
+            mbarrier.wait(q_ready.index(next_slot), next_phase)
+            b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
+            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_d_value, is_async=True)
+            b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_key, is_async=True)
+            b_s, b_dp = warpgroup_mma_wait(2, [b_next, b_next_dp])
+            b_p = probabilities(
+                b_s, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, CAUSAL and part == 0
+            )
+            b_dp = b_p * (b_dp - b_delta)
+            b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
+            mbarrier.arrive(free.index(slot), count=1)
+            b_ds = pack(b_dp, DTYPE)
+            b_pairs = pack(b_p, DTYPE)
+            slot = next_slot
+            phase = next_phase
+    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[3], slot), b_d_value)
+    b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_key)
+
+    store(d_key, b_d_key * unit, i_bh * n_k, n_first, n_k, C, KEYS)
+    store(d_value, b_d_value, i_bh * n_k, n_first, n_k, C_V, VALUES)
+
+
+@gluon.jit
+def probabilities(
+    b_s, b_level, slope, o_n, o_m, distance, to_log2, SLOPES: gl.constexpr, CHECK: gl.constexpr
+):  # fmt: skip
+    """`exp(unit * s - LSE)` of a tile, keys by queries; `distance` is that of its first query to its first key."""
+    if SLOPES:
+        b_level -= slope * (distance - o_m).to(gl.float32)
+        b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), slope * o_n.to(gl.float32) + gl.zeros_like(b_s))
+                      - gl.expand_dims(b_level, 0))  # fmt: skip
+    else:
+        b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 0))
+    if CHECK:
+        b_p = gl.where(o_n + distance <= gl.expand_dims(o_m, 0), b_p, 0.0)
+    return b_p
+
+
+@gluon.jit
+def store(out, b_x, row, first, n_rows, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    o_n = gl.expand_dims(first + gl.arange(0, b_x.shape[0], gl.SliceLayout(1, LAYOUT)), 1)
+    o_c = gl.expand_dims(gl.arange(0, b_x.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
+    gl.store(out + (row + o_n) * COLUMNS + o_c, b_x.to(out.dtype.element_ty), mask=(o_n < n_rows) & (o_c < COLUMNS))
+
+
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+def keys_teams_kernel(
+    q, k, v, d_out, q_columns, k_columns, slopes, level, delta, d_key, d_value,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
+    CHUNKS: gl.constexpr = RANK // CHUNK
+    n_programs = gl.cdiv(n_k, BLOCK_N * TEAMS)
+    i_bh = gl.program_id(0) // n_programs
+    n_first = gl.program_id(0) % n_programs * BLOCK_N * TEAMS
+    i_h, i_b = i_bh % n_heads, i_bh // n_heads
+    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    m_begin = 0
+    if CAUSAL:  # where nobody attends to these keys, the last tile still makes zeros
+        m_begin = gl.minimum(gl.maximum(n_first - offset, 0) // BLOCK_M, gl.cdiv(n_q, BLOCK_M) - 1) * BLOCK_M
+    n_tiles = gl.cdiv(n_q - m_begin, BLOCK_M)
+
+    if RANK > 0:
+        tensors = (q, k, v, d_out, q_columns, k_columns)
+        rooms = (
+            rooms_for(q, STAGES), rooms_for(k, TEAMS), rooms_for(v, TEAMS), rooms_for(d_out, STAGES),
+            rooms_for(q_columns, STAGES * CHUNKS), rooms_for(k_columns, TEAMS * CHUNKS),
+        )  # fmt: skip
+    else:
+        tensors = (q, k, v, d_out)
+        rooms = (rooms_for(q, STAGES), rooms_for(k, TEAMS), rooms_for(v, TEAMS), rooms_for(d_out, STAGES))
+    ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
+    free = barriers(STAGES, TEAMS)
+    p_slope = level  # of no use where there are no slopes
+    if slopes is not None:
+        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
+        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
+    # Tuples that have a name lose what is constant in them.
+    what = (i_bh.to(gl.int64), n_first, m_begin, n_tiles, p_slope)
+    made = (d_key, d_value)
+    rows = (level, delta)
+    sizes = (n_q, n_k, offset, unit)
+    where = (i_o, i_i, i_h, i_kv, n_first, m_begin, n_tiles)
+    SLOPES: gl.constexpr = slopes is not None
+    if TEAMS == 1:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
+        ], [1], [LOADER])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (compute, (1, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
+        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
+
+
+def backward(call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor) -> bool:
+    """Write the gradients of keys and values of a call that `plan.teams` gives to this kernel.
+
+    False, with nothing written, where those of the outputs lie in memory so that hardware cannot copy tiles of them.
+    """
+    d_out, level, delta = (statistics[name] for name in ("d_out", "level", "delta"))
+    lie = described(Geometry(*geometry(d_out.ptr)), d_out.stride, call.frame.layout)
+    if lie is None:
+        return False
+    constants = call.frame.constants
+    arguments = inputs(call, tiles) | {name: constants[name] for name in ("C", "C_V")}
+    arguments |= {"level": level, "delta": delta, "d_key": d_key, "d_value": d_value}
+    arguments["d_out"] = descriptor(d_out, lie, tiles.block_m, constants["WIDTH_V"])
+    programs = plan.cdiv(d_key.shape[-2], tiles.block_n * tiles.teams) * d_key.shape[:-2].numel()
+    launch(keys_teams_kernel, call, tiles, programs, arguments, (level, delta, d_key, d_value))
+    return True

@@ -16,7 +16,7 @@ BACKENDS = ("auto", "cpu", "triton")
 LONG = 1024  # keys
 FEW = 16  # queries
 LOADER = 24  # registers of a warp that loads
-TEAM_WORK = 1 << 27  # scores from which teams pay: what describes tensors to them takes the host longer
+TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
 PART = 512  # keys that a program gets at least where several share a tile's
 
 
@@ -136,7 +136,11 @@ TILES = {
         "forward teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
         "forward teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
         "forward teams":      "64x64/4/2/16/64/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
-        "keys teams":         "64x64/4/3/16/128/1  64x64/4/3/16/128/1  32x64/4/3/16/168/2",
+        "queries teams":      "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
+        "q_factor teams":     "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
+        "keys teams factors": "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "keys teams":         "64x64/4/3/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "k_factor teams":     "64x64/4/3/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
         "queries":            "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2    32x32/8/1",
         "queries slopes":     "64x64/4/3/16/168   64x64/4/3         64x32/4/2     32x32/8/1",
         "queries dense":      "64x64/4/3          64x64/4/2         64x32/8/2     32x32/8/1",
@@ -249,7 +253,8 @@ def _parse(text: str) -> Tiles:
 def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]) -> Tiles | None:
     """The tiles with which teams serve a call, or None where the general kernel does.
 
-    `kind` is "forward" (`kernels/hopper.py`) or "keys" (`kernels/hopper_keys.py`).
+    `kind` is "forward" (`kernels/hopper.py`), "queries" or, where their factor has a gradient too, "q_factor"
+    (`kernels/hopper_queries.py`), "keys" or "k_factor" (`kernels/hopper_keys.py`).
 
     `constants` as for `tiles`, and PLAIN: no mask but the causal one, and of the bias' terms only factors and slopes by
     order, all in tensors that can be copied tile by tile.
@@ -262,9 +267,10 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     if not constants["FOLDED"] and (kind != "forward" or constants["RANK"] < 2 * constants["WIDTH"]):
         return None  # queries in two halves cost as many columns again
     found = select(f"{kind} teams", (9, 0), 2, constants)
-    own = cdiv(n_q, found.block_m) if kind == "forward" else cdiv(n_k, found.block_n)
+    own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
     programs = cdiv(own, found.teams) * rows
-    worth = rows * n_q * n_k >= TEAM_WORK and programs >= _processors(query.device)
+    least = TEAM_WORK if kind == "forward" else 8 * TEAM_WORK  # with gradients the host has a millisecond to do
+    worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
 
 

@@ -25,7 +25,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashbias import plan
 
 from . import compiled, terms
-from .call import Call
+from .call import Call, described
+from .layout import Geometry, geometry
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
@@ -45,7 +46,7 @@ def start_copy(x, i_o, i_i, i_h, first, column, ready, room):
 @gluon.jit
 def rooms_for(x, NUMBER: gl.constexpr):
     """Shared memory for so many tiles of a tensor."""
-    return gl.allocate_shared_memory(x.dtype, [NUMBER] + x.block_shape, x.layout)  # noqa: RUF005 - Gluon knows no other
+    return gl.allocate_shared_memory(x.dtype, [NUMBER] + x.block_shape, x.layout)
 
 
 @gluon.jit
@@ -161,6 +162,12 @@ def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     b_even = (b_pairs & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
     b_odd = (b_pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
     return gl.convert_layout(gl.join(b_even, b_odd).reshape([b_pairs.shape[0], b_pairs.shape[1] * 2]), LAYOUT)
+
+
+@gluon.jit
+def lost(b_x, DTYPE: gl.constexpr):
+    """What half precision loses of numbers."""
+    return b_x - b_x.to(DTYPE).to(gl.float32)
 
 
 @gluon.jit
@@ -355,6 +362,25 @@ def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
     return arguments | {name: frame.constants[name] for name in ("RANK", "CHUNK", "CAUSAL")} | {"slopes": bias.slopes}
 
 
+def read_by_tiles(
+    call: Call, d_out: terms.Block, gradient_columns: terms.Block | None, rows: tuple[int, int], rank: int
+) -> dict[str, Any] | None:
+    """Gradients of outputs, and columns for gradients of factors, as many rows at a time; None where they cannot."""
+    arguments: dict[str, Any] = {}
+    read = {
+        "d_out": (d_out, rows[0], call.frame.constants["WIDTH_V"]),
+        "gradient_columns": (gradient_columns, rows[1], rank),
+    }
+    for name, (block, *size) in read.items():
+        arguments[name] = None
+        if block is not None:
+            lie = described(Geometry(*geometry(block.ptr)), block.stride, call.frame.layout)
+            if lie is None:
+                return None
+            arguments[name] = descriptor(block, lie, *size)
+    return arguments
+
+
 def descriptor(block: terms.Block, lie: tuple[list[int], list[int]], rows: int, columns: int) -> TensorDescriptor:
     """A tensor, of which hardware copies tiles of so many rows and columns."""
     return TensorDescriptor(block.ptr, *lie, *_tile(block.ptr.dtype, rows, columns))
@@ -369,8 +395,8 @@ def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NV
 
 
 def launch(
-    kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Tensor, ...]
+    kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
 ) -> None:
-    """Launch a kernel of teams; `made` are the tensors among its arguments that are no inputs of the call."""
+    """Launch a kernel of teams; `made` are the arguments on which its code depends and which the call's frame lacks."""
     key = (id(kernel), tiles, compiled.kind(arguments["slopes"]), compiled.kind(made))
     compiled.launch(kernel, (programs, 1), arguments, tiles.options(), call.frame.compiled, key)

@@ -15,26 +15,30 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from flashbias import plan
 
-from .call import Call, described
+from . import terms
+from .call import Call
 from .hopper import (
     LOADER,
     LOG2_E,
     WARPS,
     barriers,
-    descriptor,
     inputs,
     launch,
+    lost,
     matrix,
     pack,
+    read_by_tiles,
     rooms_for,
     start_copy,
     unpack,
 )
-from .layout import Geometry, geometry
 
 
 @gluon.jit
-def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr, TEAMS: gl.constexpr):
+def load(
+    tensors, rooms, ready, free, place,
+    RANK: gl.constexpr, CHUNK: gl.constexpr, GRADIENT_RANK: gl.constexpr, TEAMS: gl.constexpr,
+):  # fmt: skip
     """The warp that loads: keys and values for every team, then queries and gradients of their outputs by tiles."""
     q, k, v, d_out = tensors[0], tensors[1], tensors[2], tensors[3]
     own_ready, q_ready = ready
@@ -56,12 +60,14 @@ def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.const
     for i_tile in range(n_tiles):
         first = m_begin + i_tile * BLOCK_M
         mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(q_ready.index(slot), BLOCK_M * COLUMNS * 2)
+        mbarrier.expect(q_ready.index(slot), BLOCK_M * (COLUMNS + GRADIENT_RANK) * 2)
         start_copy(q, i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[0].index(slot))
         start_copy(d_out, i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[3].index(slot))
         for i in gl.static_range(RANK // CHUNK):
             q_room = rooms[4].index(slot * (RANK // CHUNK) + i)
             start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, q_ready.index(slot), q_room)
+        if GRADIENT_RANK > 0:
+            start_copy(tensors[6], i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[6].index(slot))
         slot += 1
         if slot == STAGES:
             slot = 0
@@ -95,17 +101,20 @@ def load_statistics(level, delta, o_m, n_q):
 def compute(
     i_team, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of keys and of their values."""
     own_ready, q_ready = ready
     i_bh, n_first, m_begin, n_tiles, p_slope = place
-    d_key, d_value = made
+    d_key, d_value, d_columns = made
     level, delta = statistics
     n_q, n_k, offset, unit = sizes
     DTYPE: gl.constexpr = rooms[0].dtype
     BLOCK_M: gl.constexpr = rooms[0].shape[4]
     BLOCK_N: gl.constexpr = rooms[1].shape[4]
     STAGES: gl.constexpr = rooms[0].shape[0]
+    # Products of the tile before, which are under way when scores are there.
+    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     WIDTH_V: gl.constexpr = rooms[3].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -113,6 +122,9 @@ def compute(
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, KEYS, 2)
     LEFT_V: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
+    # One column stands for none.
+    COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
+    LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
 
     n_first += i_team * BLOCK_N
     level += i_bh * n_q
@@ -130,6 +142,7 @@ def compute(
     b_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
     b_d_key = gl.zeros([BLOCK_N, WIDTH], gl.float32, KEYS)
     b_d_value = gl.zeros([BLOCK_N, WIDTH_V], gl.float32, VALUES)
+    b_d_columns = gl.zeros([BLOCK_N, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
     mbarrier.wait(own_ready.index(i_team), 0)
 
     slot = 0
@@ -139,7 +152,9 @@ def compute(
     b_s, b_dp = start_products(rooms, i_team, 0, b_zero, CHUNKS)
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
     b_p = probabilities(b_s, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, CAUSAL)
-    b_ds = pack(b_p * (b_dp - b_delta), DTYPE)
+    b_dp = b_p * (b_dp - b_delta)
+    b_ds = pack(b_dp, DTYPE)
+    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
     for part in gl.static_range(0 if CAUSAL else 1, 2):
         begin = 1 if part == 0 else n_checked
@@ -155,24 +170,40 @@ def compute(
             b_level, b_delta = load_statistics(level, delta, m_first + o_m, n_q)
             b_left = unpack(b_ds, DTYPE, LEFT)
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)
+            if GRADIENT_RANK > 0:
+                b_left_c = unpack(b_ds, DTYPE, LEFT_C)
+                b_left_low = unpack(b_low, DTYPE, LEFT_C)
             mbarrier.wait(q_ready.index(next_slot), next_phase)
             b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
             b_value_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_d_value, is_async=True)
             b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_key, is_async=True)
-            b_s, b_dp = warpgroup_mma_wait(2, [b_next, b_next_dp])
+            if GRADIENT_RANK > 0:
+                b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[6], slot), b_d_columns, is_async=True)
+                if SPLIT:
+                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[6], slot), b_column_sums, is_async=True)
+            b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_p = probabilities(
                 b_s, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, CAUSAL and part == 0
             )
             b_dp = b_p * (b_dp - b_delta)
-            b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
+            if GRADIENT_RANK > 0:
+                b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])
+            else:
+                b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
+            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase
     b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[3], slot), b_d_value)
     b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_key)
 
+    if GRADIENT_RANK > 0:
+        b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
+        if SPLIT:
+            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
+        store(d_columns, b_d_columns, i_bh * n_k, n_first, n_k, GRADIENT_RANK, COLUMNS)
     store(d_key, b_d_key * unit, i_bh * n_k, n_first, n_k, C, KEYS)
     store(d_value, b_d_value, i_bh * n_k, n_first, n_k, C_V, VALUES)
 
@@ -202,9 +233,10 @@ def store(out, b_x, row, first, n_rows, COLUMNS: gl.constexpr, LAYOUT: gl.conste
 
 @gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def keys_teams_kernel(
-    q, k, v, d_out, q_columns, k_columns, slopes, level, delta, d_key, d_value,
+    q, k, v, d_out, q_columns, k_columns, gradient_columns, slopes, level, delta, d_key, d_value, d_columns,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
@@ -219,15 +251,16 @@ def keys_teams_kernel(
         m_begin = gl.minimum(gl.maximum(n_first - offset, 0) // BLOCK_M, gl.cdiv(n_q, BLOCK_M) - 1) * BLOCK_M
     n_tiles = gl.cdiv(n_q - m_begin, BLOCK_M)
 
+    rooms = (rooms_for(q, STAGES), rooms_for(k, TEAMS), rooms_for(v, TEAMS), rooms_for(d_out, STAGES))
     if RANK > 0:
         tensors = (q, k, v, d_out, q_columns, k_columns)
-        rooms = (
-            rooms_for(q, STAGES), rooms_for(k, TEAMS), rooms_for(v, TEAMS), rooms_for(d_out, STAGES),
-            rooms_for(q_columns, STAGES * CHUNKS), rooms_for(k_columns, TEAMS * CHUNKS),
-        )  # fmt: skip
-    else:
-        tensors = (q, k, v, d_out)
-        rooms = (rooms_for(q, STAGES), rooms_for(k, TEAMS), rooms_for(v, TEAMS), rooms_for(d_out, STAGES))
+        rooms = rooms + (rooms_for(q_columns, STAGES * CHUNKS), rooms_for(k_columns, TEAMS * CHUNKS))
+    else:  # in the places of columns, which are not looked at
+        tensors = (q, k, v, d_out, q, k)
+        rooms = rooms + (rooms[0], rooms[1])
+    if GRADIENT_RANK > 0:
+        tensors = tensors + (gradient_columns,)
+        rooms = rooms + (rooms_for(gradient_columns, STAGES),)
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
     free = barriers(STAGES, TEAMS)
     p_slope = level  # of no use where there are no slopes
@@ -236,37 +269,44 @@ def keys_teams_kernel(
         p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
     # Tuples that have a name lose what is constant in them.
     what = (i_bh.to(gl.int64), n_first, m_begin, n_tiles, p_slope)
-    made = (d_key, d_value)
+    made = (d_key, d_value, d_columns)
     rows = (level, delta)
     sizes = (n_q, n_k, offset, unit)
     where = (i_o, i_i, i_h, i_kv, n_first, m_begin, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
+            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (compute, (1, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
+            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT)),
+            (compute, (1, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
 
 
-def backward(call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor) -> bool:
-    """Write the gradients of keys and values of a call that `plan.teams` gives to this kernel.
+def backward(
+    call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor, d_columns: Tensor | None,
+    gradient_columns: terms.Block | None, split: bool,
+) -> bool:  # fmt: skip
+    """Write the gradients of keys, values and factor columns of a call that `plan.teams` gives to this kernel.
 
-    False, with nothing written, where those of the outputs lie in memory so that hardware cannot copy tiles of them.
+    False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.
     """
-    d_out, level, delta = (statistics[name] for name in ("d_out", "level", "delta"))
-    lie = described(Geometry(*geometry(d_out.ptr)), d_out.stride, call.frame.layout)
-    if lie is None:
+    level, delta, constants = statistics["level"], statistics["delta"], call.frame.constants
+    rank = 0 if d_columns is None else d_columns.shape[-1]
+    read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_m), rank)
+    if read is None:
         return False
-    constants = call.frame.constants
-    arguments = inputs(call, tiles) | {name: constants[name] for name in ("C", "C_V")}
-    arguments |= {"level": level, "delta": delta, "d_key": d_key, "d_value": d_value}
-    arguments["d_out"] = descriptor(d_out, lie, tiles.block_m, constants["WIDTH_V"])
+    arguments = inputs(call, tiles) | read | {name: constants[name] for name in ("C", "C_V")}
+    made = (level, delta, d_key, d_value, d_key if d_columns is None else d_columns)
+    arguments |= dict(zip(("level", "delta", "d_key", "d_value", "d_columns"), made, strict=True))
+    arguments |= {"GRADIENT_RANK": rank, "SPLIT": split}
     programs = plan.cdiv(d_key.shape[-2], tiles.block_n * tiles.teams) * d_key.shape[:-2].numel()
-    launch(keys_teams_kernel, call, tiles, programs, arguments, (level, delta, d_key, d_value))
+    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank, split))
     return True

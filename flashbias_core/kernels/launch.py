@@ -24,6 +24,7 @@ from .terms import Block
 
 DELTA_ROWS = 32
 WIDE = 128  # features
+FEW_COLUMNS = 4
 BAND = TABLE_BAND.value
 BAND_ENTRIES = 1 << 26  # of bands of dS in memory at a time
 
@@ -86,6 +87,9 @@ def backward(
     better = (
         low is not None or bool(names & {"slopes", "table"}) or (inexact and bool(names & {"q_factor", "k_factor"}))
     )
+    # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
+    few = operands.q_factor is not None and operands.q_factor.shape[-1] <= FEW_COLUMNS
+    better |= few and bool(names & {"q_factor", "k_factor"})
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
     gradients: dict[str, Tensor | None] = {}
@@ -117,8 +121,14 @@ def _query_side(
     statistics: dict[str, Any], better: bool,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Gradients of queries, of their factor and of the slopes; `better` than the dtype of the queries is."""
+    factor = k_factor if "q_factor" in names else None
+    teams = plan.teams("queries" if factor is None else "q_factor", query, call.sizes["n_k"], call.frame.traits)
+    if teams:
+        made = _queries_by_teams(query, factor, d_lse, names, call, statistics, better, teams)
+        if made:
+            return made
     tiles = call.tiles("queries", query)
-    side = _columns(k_factor if "q_factor" in names else None, query, tiles)
+    side = _columns(factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
     d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
     delta = statistics["delta"]
@@ -151,15 +161,14 @@ def _key_side(
     statistics: dict[str, Any],
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Gradients of keys and values for each query head, and of their factor."""
-    teams = plan.teams("keys", query, key.shape[-2], call.frame.traits)
-    if teams and not names & {"k_factor"}:
-        from . import hopper_keys
-
-        sides = {"key": _per_head(query, key), "value": _per_head(query, value)}
-        if hopper_keys.backward(call, teams, statistics, sides["key"], sides["value"]):
-            return dict(sides)
+    factor = q_factor if "k_factor" in names else None
+    teams = plan.teams("keys" if factor is None else "k_factor", query, key.shape[-2], call.frame.traits)
+    if teams:
+        made = _keys_by_teams(query, key, value, factor, call, statistics, teams)
+        if made:
+            return made
     tiles = call.tiles("keys", query)
-    side = _columns(q_factor if "k_factor" in names else None, query, tiles)
+    side = _columns(factor, query, tiles)
     d_key = _per_head(query, key) if "key" in names else None
     d_value = _per_head(query, value) if "value" in names else None
     made: dict[str, Tensor | None] = {"d_key": d_key, "d_value": d_value}
@@ -174,6 +183,55 @@ def _key_side(
         )  # fmt: skip
         made = dict.fromkeys(made)
     return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(_joined(parts))}
+
+
+def _queries_by_teams(
+    query: Tensor, k_factor: Tensor | None, d_lse: Tensor | None, names: set[str], call: Call,
+    statistics: dict[str, Any], better: bool, tiles: plan.Tiles,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """What `_query_side` gives, by teams of warps; empty where they cannot read what there is."""
+    from . import hopper_queries
+
+    side = _columns(k_factor, query, tiles)
+    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
+    slices = _slices(side)
+    columns, block = _room_for_columns(query, query.shape[-2], side, call)
+    if len(slices) > 1 or not hopper_queries.backward(
+        call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, _is_split(side), better
+    ):
+        return {}
+    slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
+    q_factor = None if side is None or columns is None else side.combine(columns)
+    return {"query": d_query, "slopes": slopes, "q_factor": q_factor}
+
+
+def _keys_by_teams(
+    query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor | None, call: Call, statistics: dict[str, Any],
+    tiles: plan.Tiles,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """What `_key_side` gives, by teams of warps; empty where they cannot read what there is."""
+    from . import hopper_keys
+
+    side = _columns(q_factor, query, tiles)
+    d_key, d_value = _per_head(query, key), _per_head(query, value)
+    columns, block = _room_for_columns(query, key.shape[-2], side, call)
+    if len(_slices(side)) > 1 or not hopper_keys.backward(
+        call, tiles, statistics, d_key, d_value, columns, block, _is_split(side)
+    ):
+        return {}
+    k_factor = None if side is None or columns is None else side.combine(columns)
+    return {"key": d_key, "value": d_value, "k_factor": k_factor}
+
+
+def _room_for_columns(
+    query: Tensor, rows: int, side: GradientColumns | None, call: Call
+) -> tuple[Tensor | None, Block | None]:
+    """Room for the gradients of all of a factor's columns, and what is multiplied to make them."""
+    if side is None:
+        return None, None
+    number = side.columns.shape[-1]
+    return query.new_empty((*query.shape[:-2], rows, number), dtype=torch.float32), _block(side, 0, number, call)
 
 
 def _columns(factor: Tensor | None, query: Tensor, tiles: plan.Tiles) -> GradientColumns | None:

@@ -145,9 +145,10 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     reports: list[dict[str, Any]] = []
     places = [(launch, name) for name in KERNELS] + [(columns, name) for name in COLUMNS]
     if teams:
-        from flashbias.kernels import hopper
+        from flashbias.kernels import hopper, hopper_keys, hopper_queries
 
         places.append((hopper, "forward_teams_kernel"))
+        places += [(hopper_keys, "keys_teams_kernel"), (hopper_queries, "queries_teams_kernel")]
     kept = {(module, name): getattr(module, name) for module, name in places}
     kept_tiles, kept_backend = plan.tiles, plan.backend
     kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6
@@ -174,7 +175,7 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
 
 
 def compile_case(arch: int, case: Case, teams: bool = False) -> list[dict[str, Any]]:
-    """Reports of the kernels of a case: with gradients of all that has one, or with teams, forward."""
+    """Reports of the kernels of a case, with gradients of all that has one."""
     inputs = build(case)
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
 
@@ -183,8 +184,6 @@ def compile_case(arch: int, case: Case, teams: bool = False) -> list[dict[str, A
         out = biased_attention(
             leaves["query"], leaves["key"], leaves["value"], bias, mask=inputs.mask, return_lse=True, scale=case.scale
         )
-        if teams:
-            return
         torch.autograd.grad(
             [out[name == "lse"] for name in inputs.cotangents],
             list(leaves.values()),

@@ -46,8 +46,8 @@ class Compilation(Case):
         and a table's branch a few more than there are.
         """
         c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
-        if self.teams:  # around the loops, not in them
-            return 72 if factored else 0
+        if self.teams:  # by triton 3.9, mostly at diagonals; 3.6, for which the tiles are chosen, spills a quarter
+            return 192 if factored or self.mask == "causal" else 0
         if self.dtype == torch.float32 and (c > 64 or factored or "table" in self.bias):
             return 96
         return 64 if factored and c > 128 else 0
@@ -128,17 +128,17 @@ def test_kernels_fit_every_architecture(part: int) -> None:
 
 # With a scale by which factors can be divided without loss, or so many columns that queries are split instead.
 TEAMS = pairwise(
-    [*({"bias": bias, "dtype": dtype} for bias in ("none", "alibi") for dtype in (torch.bfloat16, torch.float16)),
-     *({"bias": "factored", "rank": rank, "scale": 0.125, "dtype": torch.bfloat16} for rank in (16, 32, 96, 128)),
+    [{"bias": "none", "dtype": torch.bfloat16}, {"bias": "alibi", "dtype": torch.float16},
+     {"bias": "factored", "rank": 16, "scale": 0.125, "dtype": torch.bfloat16},
+     {"bias": "factored", "rank": 96, "scale": 0.125, "dtype": torch.bfloat16},
      {"bias": "factored+alibi", "rank": 16, "scale": 1.0, "dtype": torch.float16}],
-    [{"c": c} for c in (16, 32, 40, 64, 128)],
+    [{"c": c} for c in (16, 40, 64, 128)],
     [{"mask": "none"}, {"mask": "causal"}],
     base=Compilation(teams=True),
 ) + pairwise(
-    [{"bias": "factored", "rank": rank, "scale": 0.3, "c": c} for rank, c in ((96, 16), (96, 32), (128, 64))],
+    [{"bias": "factored", "rank": rank, "scale": 0.3, "c": c} for rank, c in ((96, 32), (128, 64))],
     [{"mask": "none"}, {"mask": "causal"}],
-    [{"dtype": torch.bfloat16}, {"dtype": torch.float16}],
-    base=Compilation(teams=True),
+    base=Compilation(teams=True, dtype=torch.bfloat16),
 )  # fmt: skip
 
 
@@ -147,7 +147,10 @@ def test_teams_fit_hopper() -> None:
     reports = compiled(TEAMS)
     found = faults(reports)
     assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
-    assert {report["case"] for report in reports if report["kernel"] == "forward_teams_kernel"} == set(TEAMS)
+    served = {(report["case"], report["kernel"]) for report in reports}
+    assert {case for case, kernel in served if kernel == "forward_teams_kernel"} == set(TEAMS)
+    for kernel in ("queries_teams_kernel", "keys_teams_kernel"):  # those that no power of two is the scale of are not
+        assert len([case for case, name in served if name == kernel]) > len(TEAMS) / 2
 
 
 def test_spills_and_errors_are_seen() -> None:

@@ -14,23 +14,24 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[plan.Tiles]:
-    """The tiles of all calls that teams have served."""
+def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan.Tiles]]:
+    """The kernels that teams have launched, and their tiles."""
     if not plan.has_teams(torch.device(device, 0)):
         pytest.skip("teams are for Hopper and triton >= 3.6")
-    from flashbias.kernels import hopper
+    from flashbias.kernels import hopper, hopper_keys, hopper_queries
 
-    tiles: list[plan.Tiles] = []
-    forward = hopper.forward
+    kernels: list[tuple[str, plan.Tiles]] = []
+    launch = hopper.launch
 
-    def counted(call: Any, chosen: plan.Tiles, *made: torch.Tensor) -> None:
-        tiles.append(chosen)
-        forward(call, chosen, *made)
+    def counted(kernel: Any, call: Any, tiles: plan.Tiles, *rest: Any) -> None:
+        kernels.append((kernel.__name__, tiles))
+        launch(kernel, call, tiles, *rest)
 
-    monkeypatch.setattr(hopper, "forward", counted)
+    for module in (hopper, hopper_keys, hopper_queries):
+        monkeypatch.setattr(module, "launch", counted)
     monkeypatch.setattr(plan, "TEAM_WORK", 0)
     monkeypatch.setattr(plan, "_processors", lambda device: 1)
-    return tiles
+    return kernels
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -59,19 +60,39 @@ CASES = pairwise(
 )  # fmt: skip
 
 
+Served = list[tuple[str, plan.Tiles]]
+
+
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_accuracy_of_every_pair(case: Case, device: str, served: list[plan.Tiles]) -> None:
+def test_accuracy_of_every_pair(case: Case, device: str, served: Served) -> None:
     check(case, device)
 
 
-def test_every_number_of_teams_serves(device: str, served: list[plan.Tiles]) -> None:
-    for c, teams in ((32, 1), (64, 3), (128, 2)):
-        check(Case(bias="factored", rank=16, dtype=torch.bfloat16, n_q=300, n_k=300, c=c, scale=0.25), device)
-        assert served[-1].teams == teams
+@pytest.mark.parametrize(("c", "teams"), [(32, 1), (64, 3), (128, 2)])
+def test_all_kernels_serve(c: int, teams: int, device: str, served: Served) -> None:
+    case = Case(bias="factored", rank=16, dtype=torch.bfloat16, n_q=300, n_k=300, c=c, scale=0.25)
+    check(case, device)
+    assert [name for name, _ in served] == ["forward_teams_kernel", "queries_teams_kernel", "keys_teams_kernel"]
+    assert served[0][1].teams == teams
 
 
-def test_long_rows_and_strides_that_cannot_be_copied(device: str, served: list[plan.Tiles]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distances_with_gradients_of_all(dtype: torch.dtype, device: str, served: Served) -> None:
+    """Factors in fp32: their gradients are summed of dS in two halves."""
+    check(Case(bias="distance", dtype=dtype, n_q=300, n_k=333, c=16), device)
+    assert len(served) == 3
+
+
+def test_long_rows_and_strides_that_cannot_be_copied(device: str, served: Served) -> None:
     check(Case(bias="alibi", mask="causal", dtype=torch.bfloat16, n_q=4099, n_k=4099, c=64), device)
-    assert len(served) == 1
+    assert len(served) == 3
     check(Case(bias="alibi", dtype=torch.bfloat16, n_q=64, n_k=64, c=20), device)  # rows of 40 bytes
-    assert len(served) == 1
+    assert len(served) == 3
+
+
+def test_small_calls_stay_with_the_general_kernels(
+    device: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "TEAM_WORK", 1 << 27)
+    check(Case(bias="alibi", dtype=torch.bfloat16, n_q=64, n_k=64, c=64), device)
+    assert not served

@@ -1,0 +1,340 @@
+"""Gradients of queries, of their factor columns and of slopes on Hopper, by teams of warps as in `hopper.py`.
+
+What is computed is told in `backward.py`. A team keeps a tile of queries; while it turns the scores of one tile of keys
+into their gradient, tensor cores add the tile before to its sums and form the next scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from flashbias import plan
+
+from . import terms
+from .call import Call
+from .hopper import (
+    LOADER,
+    LOG2_E,
+    WARPS,
+    barriers,
+    inputs,
+    launch,
+    lost,
+    matrix,
+    pack,
+    read_by_tiles,
+    rooms_for,
+    start_copy,
+    unpack,
+)
+
+
+@gluon.jit
+def load(
+    tensors, rooms, ready, free, place,
+    RANK: gl.constexpr, CHUNK: gl.constexpr, GRADIENT_RANK: gl.constexpr, TEAMS: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: queries and gradients of outputs for every team, then keys and values by tiles."""
+    q, k, v, d_out = tensors[0], tensors[1], tensors[2], tensors[3]
+    own_ready, k_ready = ready
+    i_o, i_i, i_h, i_kv, m_first, n_tiles = place
+    STAGES: gl.constexpr = rooms[1].shape[0]
+    BLOCK_M: gl.constexpr = q.block_shape[3]
+    BLOCK_N: gl.constexpr = k.block_shape[3]
+    COLUMNS: gl.constexpr = q.block_shape[4] + v.block_shape[4] + RANK
+    for i_team in gl.static_range(TEAMS):
+        first = m_first + i_team * BLOCK_M
+        mbarrier.expect(own_ready.index(i_team), BLOCK_M * COLUMNS * 2)  # bytes
+        start_copy(q, i_o, i_i, i_h, first, 0, own_ready.index(i_team), rooms[0].index(i_team))
+        start_copy(d_out, i_o, i_i, i_h, first, 0, own_ready.index(i_team), rooms[3].index(i_team))
+        for i in gl.static_range(RANK // CHUNK):
+            room = rooms[4].index(i_team * (RANK // CHUNK) + i)
+            start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, own_ready.index(i_team), room)
+    slot = 0
+    phase = 1
+    for i_tile in range(n_tiles):
+        first = (n_tiles - 1 - i_tile) * BLOCK_N
+        mbarrier.wait(free.index(slot), phase)
+        mbarrier.expect(k_ready.index(slot), BLOCK_N * (COLUMNS + GRADIENT_RANK) * 2)
+        start_copy(k, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[1].index(slot))
+        start_copy(v, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[2].index(slot))
+        for i in gl.static_range(RANK // CHUNK):
+            k_room = rooms[5].index(slot * (RANK // CHUNK) + i)
+            start_copy(tensors[5], i_o, i_i, i_h, first, i * CHUNK, k_ready.index(slot), k_room)
+        if GRADIENT_RANK > 0:
+            start_copy(tensors[6], i_o, i_i, i_h, first, 0, k_ready.index(slot), rooms[6].index(slot))
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+
+
+@gluon.jit
+def start_products(rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr):
+    """Start the scores of a tile, and the products of its values with the gradients of outputs."""
+    b_s = warpgroup_mma(
+        matrix(rooms[0], i_team), matrix(rooms[1], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+    for i in gl.static_range(CHUNKS):
+        b_columns = matrix(rooms[5], slot * CHUNKS + i).permute((1, 0))
+        b_s = warpgroup_mma(matrix(rooms[4], i_team * CHUNKS + i), b_columns, b_s, is_async=True)
+    b_dp = warpgroup_mma(
+        matrix(rooms[3], i_team), matrix(rooms[2], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+    return b_s, b_dp
+
+
+@gluon.jit
+def probabilities(
+    b_s, b_level, slope, ahead, b_steps, n_first, o_last, to_log2, SLOPES: gl.constexpr, CHECK: gl.constexpr
+):
+    """`exp(unit * s - LSE)` of a tile; `ahead` is slope times the distance of each query to the tile's first key."""
+    if SLOPES:
+        b_x = gl.fma(b_s, gl.full_like(b_s, to_log2), slope * b_steps + gl.zeros_like(b_s))
+        b_p = gl.exp2(b_x - gl.expand_dims(b_level - ahead, 1))
+    else:
+        b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 1))
+    if CHECK:
+        b_p = gl.where(b_steps <= (o_last - n_first), b_p, 0.0)
+    return b_p
+
+
+@gluon.jit
+def compute(
+    i_team, rooms, ready, free, place, made, statistics, sizes,
+    C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    D_LSE: gl.constexpr,
+):  # fmt: skip
+    """A team: the gradients of its tile of queries."""
+    own_ready, k_ready = ready
+    i_bh, m_first, n_tiles, p_slope = place
+    d_query, d_columns, d_slopes = made
+    level, delta, d_lse = statistics
+    n_q, n_k, offset, unit = sizes
+    DTYPE: gl.constexpr = rooms[0].dtype
+    BLOCK_M: gl.constexpr = rooms[0].shape[4]
+    BLOCK_N: gl.constexpr = rooms[1].shape[4]
+    STAGES: gl.constexpr = rooms[1].shape[0]
+    MEANS: gl.constexpr = EXCESS and GRADIENT_RANK > 0
+    # Products of the tile before, which are under way when scores are there.
+    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0) + (1 if MEANS else 0)
+    WIDTH: gl.constexpr = rooms[0].shape[5]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    QUERIES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, QUERIES, 2)
+    # 16 columns stand for none.
+    COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
+    LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+
+    m_first += i_team * BLOCK_M
+    i_row = i_bh * n_q + m_first
+    o_row = gl.arange(0, BLOCK_M, ROWS)
+    b_level = gl.load(level + i_row + o_row, mask=m_first + o_row < n_q, other=float("inf"))
+    b_delta = gl.load(delta + i_row + o_row, mask=m_first + o_row < n_q, other=0.0)
+    n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
+    o_last = n_k - 1
+    if CAUSAL:
+        n_whole = gl.maximum(gl.minimum(n_k, m_first + offset + 1), 0) // BLOCK_N
+        o_last = gl.expand_dims(gl.minimum(o_last, m_first + o_row + offset), 1)
+    n_checked = gl.minimum(gl.maximum(n_tiles - n_whole, 1), n_tiles)
+    slope = 0.0
+    if SLOPES:
+        slope = gl.load(p_slope) * LOG2_E
+    b_steps = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
+    if SLOPES:
+        b_steps = b_steps.to(gl.float32)
+    to_log2 = unit * LOG2_E
+    b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
+    b_d_query = gl.zeros([BLOCK_M, WIDTH], gl.float32, QUERIES)
+    b_d_columns = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
+    b_means = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
+    b_excess = gl.zeros([BLOCK_M], gl.float32, ROWS)
+    b_d_slopes = b_excess
+    b_mean_distance = b_excess
+    mbarrier.wait(own_ready.index(i_team), 0)
+
+    n_first = (n_tiles - 1) * BLOCK_N
+    mbarrier.wait(k_ready.index(0), 0)
+    b_s, b_dp = start_products(rooms, i_team, 0, b_zero, CHUNKS)
+    b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
+    b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
+    b_p = probabilities(b_s, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, True)
+    b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
+    if EXCESS:
+        b_sum = gl.sum(b_dp, 1)
+        b_excess += b_sum
+    if D_SLOPES:
+        b_d_slopes += gl.sum(b_dp * b_steps, 1) + b_sum * b_first
+        b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
+    b_ds = pack(b_dp, DTYPE)
+    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
+    b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
+
+    slot = 0
+    phase = 0
+    for part in gl.static_range(0 if CAUSAL else 1, 2):
+        begin = 1 if part == 0 else n_checked
+        end = n_checked if part == 0 else n_tiles
+        for i_tile in range(begin, end):
+            # The order matters, as in `hopper.compute`.
+            n_first = (n_tiles - 1 - i_tile) * BLOCK_N
+            next_slot = slot + 1
+            next_phase = phase
+            if next_slot == STAGES:
+                next_slot = 0
+                next_phase = phase ^ 1
+            b_left = unpack(b_ds, DTYPE, LEFT)
+            if GRADIENT_RANK > 0:
+                b_left_c = unpack(b_ds, DTYPE, LEFT_C)
+                b_left_low = unpack(b_low, DTYPE, LEFT_C)
+                b_weights = unpack(b_pairs, DTYPE, LEFT_C)
+            mbarrier.wait(k_ready.index(next_slot), next_phase)
+            b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
+            b_sums = warpgroup_mma(b_left, matrix(rooms[1], slot), b_d_query, is_async=True)
+            if GRADIENT_RANK > 0:
+                b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[6], slot), b_d_columns, is_async=True)
+                if SPLIT:
+                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[6], slot), b_column_sums, is_async=True)
+            if MEANS:
+                b_mean_sums = warpgroup_mma(b_weights, matrix(rooms[6], slot), b_means, is_async=True)
+            b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
+            b_first = (n_first - m_first - offset - o_row).to(gl.float32)
+            b_p = probabilities(
+                b_s, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, part == 0
+            )
+            b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
+            if EXCESS:
+                b_sum = gl.sum(b_dp, 1)
+                b_excess += b_sum
+            if D_SLOPES:
+                b_d_slopes += gl.sum(b_dp * b_steps, 1) + b_sum * b_first
+                b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
+            if MEANS:
+                b_d_query, b_d_columns, b_means = warpgroup_mma_wait(0, [b_sums, b_column_sums, b_mean_sums])
+            elif GRADIENT_RANK > 0:
+                b_d_query, b_d_columns = warpgroup_mma_wait(0, [b_sums, b_column_sums])
+            else:
+                b_d_query = warpgroup_mma_wait(0, [b_sums])
+            mbarrier.arrive(free.index(slot), count=1)
+            b_ds = pack(b_dp, DTYPE)
+            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
+            b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
+            slot = next_slot
+            phase = next_phase
+    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[1], slot), b_d_query)
+    if GRADIENT_RANK > 0:
+        b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
+        if SPLIT:
+            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
+    if MEANS:
+        b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[6], slot), b_means)
+
+    inside = m_first + o_row < n_q
+    if EXCESS:
+        if D_LSE:
+            b_excess -= gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
+        gl.store(delta + i_row + o_row, b_delta + b_excess, mask=inside)
+    if D_SLOPES:
+        gl.store(d_slopes + i_row + o_row, b_d_slopes - b_excess * b_mean_distance, mask=inside)
+    if GRADIENT_RANK > 0:
+        if MEANS:
+            b_off = gl.convert_layout(b_excess, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
+            b_d_columns -= gl.expand_dims(b_off, 1) * b_means
+        o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, COLUMNS)), 1)
+        o_r = gl.expand_dims(gl.arange(0, GRADIENT_RANK, gl.SliceLayout(0, COLUMNS)), 0)
+        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_q)
+    o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, QUERIES)), 1)
+    o_c = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, QUERIES)), 0)
+    b_d_query = (b_d_query * unit).to(d_query.dtype.element_ty)
+    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_q) & (o_c < C))
+
+
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+def queries_teams_kernel(
+    q, k, v, d_out, q_columns, k_columns, gradient_columns, slopes, level, delta, d_lse, d_query, d_columns, d_slopes,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    C: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    D_LSE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, their factor columns and slopes; what is read but for vectors are tensor descriptors."""
+    CHUNKS: gl.constexpr = RANK // CHUNK
+    n_programs = gl.cdiv(n_q, BLOCK_M * TEAMS)
+    i_bh = gl.program_id(0) // n_programs
+    m_first = (n_programs - 1 - gl.program_id(0) % n_programs) * BLOCK_M * TEAMS  # the longest first, if causal
+    i_h, i_b = i_bh % n_heads, i_bh // n_heads
+    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    n_end = n_k
+    if CAUSAL:
+        n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
+    n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros
+
+    rooms = (rooms_for(q, TEAMS), rooms_for(k, STAGES), rooms_for(v, STAGES), rooms_for(d_out, TEAMS))
+    if RANK > 0:
+        tensors = (q, k, v, d_out, q_columns, k_columns)
+        rooms = rooms + (rooms_for(q_columns, TEAMS * CHUNKS), rooms_for(k_columns, STAGES * CHUNKS))
+    else:  # in the places of columns, which are not looked at
+        tensors = (q, k, v, d_out, q, k)
+        rooms = rooms + (rooms[0], rooms[1])
+    if GRADIENT_RANK > 0:
+        tensors = tensors + (gradient_columns,)
+        rooms = rooms + (rooms_for(gradient_columns, STAGES),)
+    ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
+    free = barriers(STAGES, TEAMS)
+    p_slope = level  # of no use where there are no slopes
+    if slopes is not None:
+        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
+        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
+    # Tuples that have a name lose what is constant in them.
+    what = (i_bh.to(gl.int64), m_first, n_tiles, p_slope)
+    made = (d_query, d_columns, d_slopes)
+    rows = (level, delta, d_lse)
+    sizes = (n_q, n_k, offset, unit)
+    where = (i_o, i_i, i_h, i_kv, m_first, n_tiles)
+    SLOPES: gl.constexpr = slopes is not None
+    if TEAMS == 1:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
+        ], [1], [LOADER])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE)),
+            (compute, (1, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
+        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
+
+
+def backward(
+    call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
+    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, split: bool, excess: bool,
+) -> bool:  # fmt: skip
+    """Write the gradients of queries, slopes and factor columns of a call that `plan.teams` gives to this kernel.
+
+    False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.
+    """
+    level, delta, constants = statistics["level"], statistics["delta"], call.frame.constants
+    rank = 0 if d_columns is None else d_columns.shape[-1]
+    read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
+    if read is None:
+        return False
+    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank, "SPLIT": split}
+    arguments |= {"EXCESS": excess, "D_SLOPES": d_slopes is not None, "D_LSE": d_lse is not None}
+    given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
+    made = {"level": level, "delta": delta, "d_query": d_query}
+    made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
+    programs = plan.cdiv(d_query.shape[-2], tiles.block_m * tiles.teams) * d_query.shape[:-2].numel()
+    options = (rank, split, excess, d_slopes is None, d_lse is None)
+    launch(queries_teams_kernel, call, tiles, programs, arguments | made, (*made.values(), *options))
+    return True

@@ -252,7 +252,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _is_split(side: GradientColumns | None) -> bool:
-    return side is not None and side.parts == 2
+    """Whether dS is taken in two halves: an eager computation has it in fp32, and few columns average no rounding."""
+    return side is not None and (side.parts == 2 or side.rank <= FEW_COLUMNS)
 
 
 def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statistics: dict[str, Any]) -> Tensor:

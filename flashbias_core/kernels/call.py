@@ -63,7 +63,7 @@ class Frame:
     layout: Layout
     strides: tuple[tuple[int, int, int, int] | None, ...]
     planes: tuple[list[int], list[int]] | None
-    tensors: dict[str, tuple[list[int], list[int]]]
+    tensors: dict[str, tuple[list[int], list[int]] | None]
     sizes: dict[str, Any]
     constants: dict[str, Any]
     traits: dict[str, Any]

@@ -6,55 +6,20 @@ other units are at this tile's softmax, and teams do not wait for each other. Gl
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashbias import plan
 
-from . import compiled, terms
-from .call import Call, described
-from .layout import Geometry, geometry
-
-WARPS = gl.constexpr(4)  # of a team: as many as form one product together
-LOG2_E = gl.constexpr(terms.LOG2_E.value)
-LOADER = gl.constexpr(plan.LOADER)
-copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
-
-
-@gluon.jit
-def start_copy(x, i_o, i_i, i_h, first, column, ready, room):
-    """Start to copy rows `first ...` and columns `column ...` of a tensor; what it broadcasts over has size 1."""
-    i_o = gl.minimum(i_o, x.shape[0] - 1)
-    i_i = gl.minimum(i_i, x.shape[1] - 1)
-    i_h = gl.minimum(i_h, x.shape[2] - 1)
-    copy(x, [i_o, i_i, i_h, first, column], ready, room)
-
-
-@gluon.jit
-def rooms_for(x, NUMBER: gl.constexpr):
-    """Shared memory for so many tiles of a tensor."""
-    return gl.allocate_shared_memory(x.dtype, [NUMBER] + x.block_shape, x.layout)
-
-
-@gluon.jit
-def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
+from .call import Call
+from .teams import LOADER, LOG2_E, WARPS, barriers, inputs, launch, matrix, pack, rooms_for, start_copy, unpack
 
 
 @gluon.jit
@@ -92,13 +57,6 @@ def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.const
         if slot == STAGES:
             slot = 0
             phase ^= 1
-
-
-@gluon.jit
-def matrix(rooms, i):
-    """What lies in a room, rows by columns."""
-    room = rooms.index(i)
-    return room.reshape([room.shape[3], room.shape[4]])
 
 
 @gluon.jit
@@ -145,29 +103,6 @@ def softmax(b_s, b_max, slope, ahead, b_steps, b_last, to_log2, SLOPES: gl.const
     b_rescale = gl.exp2((b_max - b_shift) * to_log2)
     b_p = gl.exp2(b_s * to_log2 - gl.expand_dims((b_shift - ahead) * to_log2, 1))
     return b_p, b_new, b_rescale
-
-
-@gluon.jit
-def pack(b_p, DTYPE: gl.constexpr):
-    """Neighbours in half precision, as one integer: halves that a loop carries one by one take it 64 instructions."""
-    b_even, b_odd = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
-    KIND: gl.constexpr = "bf16x2" if DTYPE.is_bf16() else "f16x2"
-    return gl.inline_asm_elementwise(
-        "cvt.rn." + KIND + ".f32 $0, $2, $1;", "=r,r,r", [b_even, b_odd], gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    b_even = (b_pairs & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
-    b_odd = (b_pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
-    return gl.convert_layout(gl.join(b_even, b_odd).reshape([b_pairs.shape[0], b_pairs.shape[1] * 2]), LAYOUT)
-
-
-@gluon.jit
-def lost(b_x, DTYPE: gl.constexpr):
-    """What half precision loses of numbers."""
-    return b_x - b_x.to(DTYPE).to(gl.float32)
 
 
 @gluon.jit
@@ -340,63 +275,3 @@ def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
     arguments = inputs(call, tiles) | {name: constants[name] for name in ("C_V", "FOLDED")} | {"out": out, "lse": lse}
     programs = plan.cdiv(out.shape[-2], tiles.block_m * tiles.teams) * out.shape[:-2].numel()
     launch(forward_teams_kernel, call, tiles, programs, arguments, (out, lse))
-
-
-def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
-    """The arguments that say what is read, queries, keys, values and columns by tiles, and how it is laid out."""
-    frame, bias = call.frame, call.sizes["terms"]
-    width, width_v, chunk = (frame.constants[name] for name in ("WIDTH", "WIDTH_V", "CHUNK"))
-    read = {
-        "q": ("query", call.q, tiles.block_m, width),
-        "k": ("key", call.k, tiles.block_n, width),
-        "v": ("value", call.v, tiles.block_n, width_v),
-        "q_columns": ("q_columns", bias.q_columns, tiles.block_m, chunk),
-        "k_columns": ("k_columns", bias.k_columns, tiles.block_n, chunk),
-    }
-    arguments = {
-        name: None if block is None else descriptor(block, frame.tensors[tensor], *size)
-        for name, (tensor, block, *size) in read.items()
-    }
-    names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
-    arguments |= {name: call.sizes[name] for name in names}
-    return arguments | {name: frame.constants[name] for name in ("RANK", "CHUNK", "CAUSAL")} | {"slopes": bias.slopes}
-
-
-def read_by_tiles(
-    call: Call, d_out: terms.Block, gradient_columns: terms.Block | None, rows: tuple[int, int], rank: int
-) -> dict[str, Any] | None:
-    """Gradients of outputs, and columns for gradients of factors, as many rows at a time; None where they cannot."""
-    arguments: dict[str, Any] = {}
-    read = {
-        "d_out": (d_out, rows[0], call.frame.constants["WIDTH_V"]),
-        "gradient_columns": (gradient_columns, rows[1], rank),
-    }
-    for name, (block, *size) in read.items():
-        arguments[name] = None
-        if block is not None:
-            lie = described(Geometry(*geometry(block.ptr)), block.stride, call.frame.layout)
-            if lie is None:
-                return None
-            arguments[name] = descriptor(block, lie, *size)
-    return arguments
-
-
-def descriptor(block: terms.Block, lie: tuple[list[int], list[int]], rows: int, columns: int) -> TensorDescriptor:
-    """A tensor, of which hardware copies tiles of so many rows and columns."""
-    return TensorDescriptor(block.ptr, *lie, *_tile(block.ptr.dtype, rows, columns))
-
-
-@cache
-def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """A tile as a tensor descriptor takes it: its shape, and how it lies in shared memory."""
-    shape = [1, 1, 1, rows, columns]
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return shape, gl.NVMMASharedLayout.get_default_for(shape, kind)
-
-
-def launch(
-    kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
-) -> None:
-    """Launch a kernel of teams; `made` are the arguments on which its code depends and which the call's frame lacks."""
-    key = (id(kernel), tiles, compiled.kind(arguments["slopes"]), compiled.kind(made))
-    compiled.launch(kernel, (programs, 1), arguments, tiles.options(), call.frame.compiled, key)

@@ -17,7 +17,7 @@ from flashbias import plan
 
 from . import terms
 from .call import Call
-from .hopper import (
+from .teams import (
     LOADER,
     LOG2_E,
     WARPS,

@@ -124,9 +124,9 @@ def _query_side(
     factor = k_factor if "q_factor" in names else None
     teams = plan.teams("queries" if factor is None else "q_factor", query, call.sizes["n_k"], call.frame.traits)
     if teams:
-        made = _queries_by_teams(query, factor, d_lse, names, call, statistics, better, teams)
-        if made:
-            return made
+        by_teams = _queries_by_teams(query, factor, d_lse, names, call, statistics, better, teams)
+        if by_teams:
+            return by_teams
     tiles = call.tiles("queries", query)
     side = _columns(factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
@@ -164,9 +164,9 @@ def _key_side(
     factor = q_factor if "k_factor" in names else None
     teams = plan.teams("keys" if factor is None else "k_factor", query, key.shape[-2], call.frame.traits)
     if teams:
-        made = _keys_by_teams(query, key, value, factor, call, statistics, teams)
-        if made:
-            return made
+        by_teams = _keys_by_teams(query, key, value, factor, call, statistics, teams)
+        if by_teams:
+            return by_teams
     tiles = call.tiles("keys", query)
     side = _columns(factor, query, tiles)
     d_key = _per_head(query, key) if "key" in names else None

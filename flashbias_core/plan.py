@@ -277,7 +277,8 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
 @cache
 def has_teams(device: torch.device) -> bool:
     """Whether teams of warps can be had there: on Hopper, in triton since 3.6."""
-    return device.type == "cuda" and _capability(device)[0] == 9 and _triton_version() >= (3, 6)
+    hopper = device.type == "cuda" and torch.version.cuda is not None and _capability(device)[0] == 9
+    return hopper and _triton_version() >= (3, 6)
 
 
 def precision(dtype: torch.dtype, width: int, device: torch.device) -> str:

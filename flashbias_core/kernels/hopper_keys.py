@@ -24,7 +24,6 @@ from .teams import (
     barriers,
     inputs,
     launch,
-    lost,
     matrix,
     pack,
     read_by_tiles,
@@ -101,7 +100,7 @@ def load_statistics(level, delta, o_m, n_q):
 def compute(
     i_team, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of keys and of their values."""
     own_ready, q_ready = ready
@@ -114,7 +113,7 @@ def compute(
     BLOCK_N: gl.constexpr = rooms[1].shape[4]
     STAGES: gl.constexpr = rooms[0].shape[0]
     # Products of the tile before, which are under way when scores are there.
-    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0)
+    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     WIDTH_V: gl.constexpr = rooms[3].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -154,7 +153,6 @@ def compute(
     b_p = probabilities(b_s, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, CAUSAL)
     b_dp = b_p * (b_dp - b_delta)
     b_ds = pack(b_dp, DTYPE)
-    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
     for part in gl.static_range(0 if CAUSAL else 1, 2):
         begin = 1 if part == 0 else n_checked
@@ -172,15 +170,12 @@ def compute(
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
-                b_left_low = unpack(b_low, DTYPE, LEFT_C)
             mbarrier.wait(q_ready.index(next_slot), next_phase)
             b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
             b_value_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_d_value, is_async=True)
             b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_key, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[6], slot), b_d_columns, is_async=True)
-                if SPLIT:
-                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[6], slot), b_column_sums, is_async=True)
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_p = probabilities(
                 b_s, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, CAUSAL and part == 0
@@ -192,7 +187,6 @@ def compute(
                 b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
-            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase
@@ -201,8 +195,6 @@ def compute(
 
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
-        if SPLIT:
-            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
         store(d_columns, b_d_columns, i_bh * n_k, n_first, n_k, GRADIENT_RANK, COLUMNS)
     store(d_key, b_d_key * unit, i_bh * n_k, n_first, n_k, C, KEYS)
     store(d_value, b_d_value, i_bh * n_k, n_first, n_k, C_V, VALUES)
@@ -236,7 +228,7 @@ def keys_teams_kernel(
     q, k, v, d_out, q_columns, k_columns, gradient_columns, slopes, level, delta, d_key, d_value, d_columns,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
@@ -277,22 +269,22 @@ def keys_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT)),
+                       GRADIENT_RANK)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT)),
+                       GRADIENT_RANK)),
             (compute, (1, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT)),
+                       GRADIENT_RANK)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
 
 
 def backward(
     call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor, d_columns: Tensor | None,
-    gradient_columns: terms.Block | None, split: bool,
+    gradient_columns: terms.Block | None,
 ) -> bool:  # fmt: skip
     """Write the gradients of keys, values and factor columns of a call that `plan.teams` gives to this kernel.
 
@@ -306,7 +298,7 @@ def backward(
     arguments = inputs(call, tiles) | read | {name: constants[name] for name in ("C", "C_V")}
     made = (level, delta, d_key, d_value, d_key if d_columns is None else d_columns)
     arguments |= dict(zip(("level", "delta", "d_key", "d_value", "d_columns"), made, strict=True))
-    arguments |= {"GRADIENT_RANK": rank, "SPLIT": split}
+    arguments["GRADIENT_RANK"] = rank
     programs = plan.cdiv(d_key.shape[-2], tiles.block_n * tiles.teams) * d_key.shape[:-2].numel()
-    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank, split))
+    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank))
     return True

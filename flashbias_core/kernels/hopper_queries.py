@@ -24,7 +24,6 @@ from .teams import (
     barriers,
     inputs,
     launch,
-    lost,
     matrix,
     pack,
     read_by_tiles,
@@ -108,7 +107,7 @@ def probabilities(
 def compute(
     i_team, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of queries."""
@@ -123,7 +122,7 @@ def compute(
     STAGES: gl.constexpr = rooms[1].shape[0]
     MEANS: gl.constexpr = EXCESS and GRADIENT_RANK > 0
     # Products of the tile before, which are under way when scores are there.
-    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0) + (1 if MEANS else 0)
+    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if MEANS else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     QUERIES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
@@ -174,7 +173,6 @@ def compute(
         b_d_slopes += gl.sum(b_dp * b_steps, 1) + b_sum * b_first
         b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
     b_ds = pack(b_dp, DTYPE)
-    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
 
     slot = 0
@@ -193,15 +191,12 @@ def compute(
             b_left = unpack(b_ds, DTYPE, LEFT)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
-                b_left_low = unpack(b_low, DTYPE, LEFT_C)
                 b_weights = unpack(b_pairs, DTYPE, LEFT_C)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
             b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
             b_sums = warpgroup_mma(b_left, matrix(rooms[1], slot), b_d_query, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[6], slot), b_d_columns, is_async=True)
-                if SPLIT:
-                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[6], slot), b_column_sums, is_async=True)
             if MEANS:
                 b_mean_sums = warpgroup_mma(b_weights, matrix(rooms[6], slot), b_means, is_async=True)
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
@@ -224,15 +219,12 @@ def compute(
                 b_d_query = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
-            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
             slot = next_slot
             phase = next_phase
     b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[1], slot), b_d_query)
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
-        if SPLIT:
-            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
     if MEANS:
         b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[6], slot), b_means)
 
@@ -261,7 +253,7 @@ def queries_teams_kernel(
     q, k, v, d_out, q_columns, k_columns, gradient_columns, slopes, level, delta, d_lse, d_query, d_columns, d_slopes,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -303,22 +295,22 @@ def queries_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE)),
+                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE)),
+                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
             (compute, (1, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE)),
+                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
 
 
 def backward(
     call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
-    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, split: bool, excess: bool,
+    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, excess: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of queries, slopes and factor columns of a call that `plan.teams` gives to this kernel.
 
@@ -329,12 +321,12 @@ def backward(
     read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
     if read is None:
         return False
-    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank, "SPLIT": split}
+    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank}
     arguments |= {"EXCESS": excess, "D_SLOPES": d_slopes is not None, "D_LSE": d_lse is not None}
     given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
     made = {"level": level, "delta": delta, "d_query": d_query}
     made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
     programs = plan.cdiv(d_query.shape[-2], tiles.block_m * tiles.teams) * d_query.shape[:-2].numel()
-    options = (rank, split, excess, d_slopes is None, d_lse is None)
+    options = (rank, excess, d_slopes is None, d_lse is None)
     launch(queries_teams_kernel, call, tiles, programs, arguments | made, (*made.values(), *options))
     return True

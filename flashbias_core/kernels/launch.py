@@ -189,16 +189,15 @@ def _queries_by_teams(
     query: Tensor, k_factor: Tensor | None, d_lse: Tensor | None, names: set[str], call: Call,
     statistics: dict[str, Any], better: bool, tiles: plan.Tiles,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    """What `_query_side` gives, by teams of warps; empty where they cannot read what there is."""
+    """What `_query_side` gives, by teams of warps; empty where they do not serve."""
     from . import hopper_queries
 
     side = _columns(k_factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
-    slices = _slices(side)
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
-    if len(slices) > 1 or not hopper_queries.backward(
-        call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, _is_split(side), better
+    if not _suits_teams(side) or not hopper_queries.backward(
+        call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, better
     ):
         return {}
     slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
@@ -210,18 +209,21 @@ def _keys_by_teams(
     query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor | None, call: Call, statistics: dict[str, Any],
     tiles: plan.Tiles,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    """What `_key_side` gives, by teams of warps; empty where they cannot read what there is."""
+    """What `_key_side` gives, by teams of warps; empty where they do not serve."""
     from . import hopper_keys
 
     side = _columns(q_factor, query, tiles)
     d_key, d_value = _per_head(query, key), _per_head(query, value)
     columns, block = _room_for_columns(query, key.shape[-2], side, call)
-    if len(_slices(side)) > 1 or not hopper_keys.backward(
-        call, tiles, statistics, d_key, d_value, columns, block, _is_split(side)
-    ):
+    if not _suits_teams(side) or not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block):
         return {}
     k_factor = None if side is None or columns is None else side.combine(columns)
     return {"key": d_key, "value": d_value, "k_factor": k_factor}
+
+
+def _suits_teams(side: GradientColumns | None) -> bool:
+    """Teams sum the gradients of one slice of columns, from one half of dS."""
+    return len(_slices(side)) == 1 and not _is_split(side)
 
 
 def _room_for_columns(

@@ -39,14 +39,11 @@ class Problem:
     @property
     def k_counts(self) -> Tensor | None:
         if "k" not in self.made:
-            within = by_id = None
             if self.lengths is not None:
-                within = torch.arange(self.n_k, device=self.device) < self.lengths[..., None]
+                self.made["k"] = torch.arange(self.n_k, device=self.device) < self.lengths[..., None]
             if self.k_ids is not None:
-                by_id = self.k_ids != -1
-            counts = within & by_id if within is not None and by_id is not None else within if by_id is None else by_id
-            if counts is not None:
-                self.made["k"] = counts
+                counts = self.k_ids != -1
+                self.made["k"] = self.made["k"] & counts if "k" in self.made else counts
         return self.made.get("k")
 
 

@@ -149,6 +149,10 @@ class Call:
             return None
         return TensorDescriptor(self.values, *self.frame.planes, [1, tiles.block_m, tiles.block_n])
 
+    def lie(self, block: Block) -> tuple[list[int], list[int]] | None:
+        """Shape and strides of a block as a tensor descriptor reads it; None where hardware could not copy tiles."""
+        return described(Geometry(*geometry(block.ptr)), block.stride, self.frame.layout)
+
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: plan.Tiles | None = None, **arguments: Any) -> None:
         """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
         key = (id(kernel), tiles, *map(kind, arguments.values()))

@@ -19,7 +19,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashbias import plan
 
 from .call import Call
-from .teams import LOADER, LOG2_E, WARPS, barriers, inputs, launch, matrix, pack, rooms_for, start_copy, unpack
+from .teams import (
+    LOADER,
+    LOG2_E,
+    WARPS,
+    barriers,
+    inputs,
+    launch,
+    matrix,
+    pack,
+    program,
+    rooms_for,
+    slope_of,
+    start_copy,
+    unpack,
+)
 
 
 @gluon.jit
@@ -218,10 +232,8 @@ def forward_teams_kernel(
     """Output and LSE. `q`, `k`, `v` and factor columns are tensor descriptors (outer, inner, head, row, column)."""
     CHUNKS: gl.constexpr = RANK // CHUNK
     n_programs = gl.cdiv(n_q, BLOCK_M * TEAMS)
-    i_bh = gl.program_id(0) // n_programs
-    m_first = (n_programs - 1 - gl.program_id(0) % n_programs) * BLOCK_M * TEAMS  # the longest first, if causal
-    i_h, i_b = i_bh % n_heads, i_bh // n_heads
-    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    i_program, i_bh, i_o, i_i, i_h, i_kv = program(n_programs, n_inner, n_heads, group)
+    m_first = (n_programs - 1 - i_program) * BLOCK_M * TEAMS  # the longest first, if causal
     n_end = n_k
     if CAUSAL:
         n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
@@ -239,12 +251,8 @@ def forward_teams_kernel(
         rooms = (rooms_for(q, Q_ROOMS), rooms_for(k, STAGES), rooms_for(v, STAGES))
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
     free = (barriers(STAGES, TEAMS), barriers(STAGES, TEAMS))
-    p_slope = lse  # of no use where there are no slopes
-    if slopes is not None:
-        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
-        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
     # Tuples that have a name lose what is constant in them.
-    what = (i_bh.to(gl.int64), m_first, n_tiles, p_slope)
+    what = (i_bh.to(gl.int64), m_first, n_tiles, slope_of(slopes, lse, i_o, i_i, i_h))
     made = (out, lse)
     sizes = (n_q, n_k, offset, unit)
     where = (i_o, i_i, i_h, i_kv, m_first, n_tiles)

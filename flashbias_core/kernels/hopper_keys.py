@@ -17,6 +17,7 @@ from flashbias import plan
 
 from . import terms
 from .call import Call
+from .hopper_backward import load, start_products
 from .teams import (
     LOADER,
     LOG2_E,
@@ -26,66 +27,12 @@ from .teams import (
     launch,
     matrix,
     pack,
+    program,
     read_by_tiles,
     rooms_for,
-    start_copy,
+    slope_of,
     unpack,
 )
-
-
-@gluon.jit
-def load(
-    tensors, rooms, ready, free, place,
-    RANK: gl.constexpr, CHUNK: gl.constexpr, GRADIENT_RANK: gl.constexpr, TEAMS: gl.constexpr,
-):  # fmt: skip
-    """The warp that loads: keys and values for every team, then queries and gradients of their outputs by tiles."""
-    q, k, v, d_out = tensors[0], tensors[1], tensors[2], tensors[3]
-    own_ready, q_ready = ready
-    i_o, i_i, i_h, i_kv, n_first, m_begin, n_tiles = place
-    STAGES: gl.constexpr = rooms[0].shape[0]
-    BLOCK_M: gl.constexpr = q.block_shape[3]
-    BLOCK_N: gl.constexpr = k.block_shape[3]
-    COLUMNS: gl.constexpr = q.block_shape[4] + v.block_shape[4] + RANK
-    for i_team in gl.static_range(TEAMS):
-        first = n_first + i_team * BLOCK_N
-        mbarrier.expect(own_ready.index(i_team), BLOCK_N * COLUMNS * 2)  # bytes
-        start_copy(k, i_o, i_i, i_kv, first, 0, own_ready.index(i_team), rooms[1].index(i_team))
-        start_copy(v, i_o, i_i, i_kv, first, 0, own_ready.index(i_team), rooms[2].index(i_team))
-        for i in gl.static_range(RANK // CHUNK):
-            room = rooms[5].index(i_team * (RANK // CHUNK) + i)
-            start_copy(tensors[5], i_o, i_i, i_h, first, i * CHUNK, own_ready.index(i_team), room)
-    slot = 0
-    phase = 1
-    for i_tile in range(n_tiles):
-        first = m_begin + i_tile * BLOCK_M
-        mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(q_ready.index(slot), BLOCK_M * (COLUMNS + GRADIENT_RANK) * 2)
-        start_copy(q, i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[0].index(slot))
-        start_copy(d_out, i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[3].index(slot))
-        for i in gl.static_range(RANK // CHUNK):
-            q_room = rooms[4].index(slot * (RANK // CHUNK) + i)
-            start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, q_ready.index(slot), q_room)
-        if GRADIENT_RANK > 0:
-            start_copy(tensors[6], i_o, i_i, i_h, first, 0, q_ready.index(slot), rooms[6].index(slot))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-
-
-@gluon.jit
-def start_products(rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr):
-    """Start the scores of a tile, and the products of its values with the gradients of outputs."""
-    b_s = warpgroup_mma(
-        matrix(rooms[1], i_team), matrix(rooms[0], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
-    )
-    for i in gl.static_range(CHUNKS):
-        b_columns = matrix(rooms[4], slot * CHUNKS + i).permute((1, 0))
-        b_s = warpgroup_mma(matrix(rooms[5], i_team * CHUNKS + i), b_columns, b_s, is_async=True)
-    b_dp = warpgroup_mma(
-        matrix(rooms[2], i_team), matrix(rooms[3], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
-    )
-    return b_s, b_dp
 
 
 @gluon.jit
@@ -98,7 +45,7 @@ def load_statistics(level, delta, o_m, n_q):
 
 @gluon.jit
 def compute(
-    i_team, rooms, ready, free, place, made, statistics, sizes,
+    i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
     GRADIENT_RANK: gl.constexpr,
 ):  # fmt: skip
@@ -110,18 +57,18 @@ def compute(
     n_q, n_k, offset, unit = sizes
     DTYPE: gl.constexpr = rooms[0].dtype
     BLOCK_M: gl.constexpr = rooms[0].shape[4]
-    BLOCK_N: gl.constexpr = rooms[1].shape[4]
+    BLOCK_N: gl.constexpr = own_rooms[0].shape[4]
     STAGES: gl.constexpr = rooms[0].shape[0]
     # Products of the tile before, which are under way when scores are there.
     UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
-    WIDTH_V: gl.constexpr = rooms[3].shape[5]
+    WIDTH_V: gl.constexpr = rooms[1].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, KEYS, 2)
     LEFT_V: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
-    # One column stands for none.
+    # 16 columns stand for none.
     COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
 
@@ -148,7 +95,7 @@ def compute(
     phase = 0
     b_level, b_delta = load_statistics(level, delta, m_begin + o_m, n_q)
     mbarrier.wait(q_ready.index(0), 0)
-    b_s, b_dp = start_products(rooms, i_team, 0, b_zero, CHUNKS)
+    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS)
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
     b_p = probabilities(b_s, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, CAUSAL)
     b_dp = b_p * (b_dp - b_delta)
@@ -171,11 +118,11 @@ def compute(
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
             mbarrier.wait(q_ready.index(next_slot), next_phase)
-            b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
-            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_d_value, is_async=True)
+            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS)
+            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[1], slot), b_d_value, is_async=True)
             b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_key, is_async=True)
             if GRADIENT_RANK > 0:
-                b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[6], slot), b_d_columns, is_async=True)
+                b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_p = probabilities(
                 b_s, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, CAUSAL and part == 0
@@ -190,11 +137,11 @@ def compute(
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase
-    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[3], slot), b_d_value)
+    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[1], slot), b_d_value)
     b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_key)
 
     if GRADIENT_RANK > 0:
-        b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
+        b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
         store(d_columns, b_d_columns, i_bh * n_k, n_first, n_k, GRADIENT_RANK, COLUMNS)
     store(d_key, b_d_key * unit, i_bh * n_k, n_first, n_k, C, KEYS)
     store(d_value, b_d_value, i_bh * n_k, n_first, n_k, C_V, VALUES)
@@ -234,51 +181,42 @@ def keys_teams_kernel(
     """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
     CHUNKS: gl.constexpr = RANK // CHUNK
     n_programs = gl.cdiv(n_k, BLOCK_N * TEAMS)
-    i_bh = gl.program_id(0) // n_programs
-    n_first = gl.program_id(0) % n_programs * BLOCK_N * TEAMS
-    i_h, i_b = i_bh % n_heads, i_bh // n_heads
-    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    i_program, i_bh, i_o, i_i, i_h, i_kv = program(n_programs, n_inner, n_heads, group)
+    n_first = i_program * BLOCK_N * TEAMS
     m_begin = 0
     if CAUSAL:  # where nobody attends to these keys, the last tile still makes zeros
         m_begin = gl.minimum(gl.maximum(n_first - offset, 0) // BLOCK_M, gl.cdiv(n_q, BLOCK_M) - 1) * BLOCK_M
     n_tiles = gl.cdiv(n_q - m_begin, BLOCK_M)
 
-    rooms = (rooms_for(q, STAGES), rooms_for(k, TEAMS), rooms_for(v, TEAMS), rooms_for(d_out, STAGES))
+    own, own_rooms = (k, v), (rooms_for(k, TEAMS), rooms_for(v, TEAMS))
+    passing, rooms = (q, d_out), (rooms_for(q, STAGES), rooms_for(d_out, STAGES))
     if RANK > 0:
-        tensors = (q, k, v, d_out, q_columns, k_columns)
-        rooms = rooms + (rooms_for(q_columns, STAGES * CHUNKS), rooms_for(k_columns, TEAMS * CHUNKS))
-    else:  # in the places of columns, which are not looked at
-        tensors = (q, k, v, d_out, q, k)
-        rooms = rooms + (rooms[0], rooms[1])
+        own, own_rooms = own + (k_columns,), own_rooms + (rooms_for(k_columns, TEAMS * CHUNKS),)
+        passing, rooms = passing + (q_columns,), rooms + (rooms_for(q_columns, STAGES * CHUNKS),)
     if GRADIENT_RANK > 0:
-        tensors = tensors + (gradient_columns,)
-        rooms = rooms + (rooms_for(gradient_columns, STAGES),)
+        passing, rooms = passing + (gradient_columns,), rooms + (rooms_for(gradient_columns, STAGES),)
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
     free = barriers(STAGES, TEAMS)
-    p_slope = level  # of no use where there are no slopes
-    if slopes is not None:
-        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
-        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
     # Tuples that have a name lose what is constant in them.
-    what = (i_bh.to(gl.int64), n_first, m_begin, n_tiles, p_slope)
+    what = (i_bh.to(gl.int64), n_first, m_begin, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
     made = (d_key, d_value, d_columns)
     rows = (level, delta)
     sizes = (n_q, n_k, offset, unit)
-    where = (i_o, i_i, i_h, i_kv, n_first, m_begin, n_tiles)
+    where = (i_o, i_i, i_h, i_kv, i_h, n_first, m_begin, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
                        GRADIENT_RANK)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, False)),
         ], [1], [LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
                        GRADIENT_RANK)),
-            (compute, (1, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
                        GRADIENT_RANK)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, False)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
 
 

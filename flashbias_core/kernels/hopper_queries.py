@@ -17,6 +17,7 @@ from flashbias import plan
 
 from . import terms
 from .call import Call
+from .hopper_backward import load, start_products
 from .teams import (
     LOADER,
     LOG2_E,
@@ -26,66 +27,12 @@ from .teams import (
     launch,
     matrix,
     pack,
+    program,
     read_by_tiles,
     rooms_for,
-    start_copy,
+    slope_of,
     unpack,
 )
-
-
-@gluon.jit
-def load(
-    tensors, rooms, ready, free, place,
-    RANK: gl.constexpr, CHUNK: gl.constexpr, GRADIENT_RANK: gl.constexpr, TEAMS: gl.constexpr,
-):  # fmt: skip
-    """The warp that loads: queries and gradients of outputs for every team, then keys and values by tiles."""
-    q, k, v, d_out = tensors[0], tensors[1], tensors[2], tensors[3]
-    own_ready, k_ready = ready
-    i_o, i_i, i_h, i_kv, m_first, n_tiles = place
-    STAGES: gl.constexpr = rooms[1].shape[0]
-    BLOCK_M: gl.constexpr = q.block_shape[3]
-    BLOCK_N: gl.constexpr = k.block_shape[3]
-    COLUMNS: gl.constexpr = q.block_shape[4] + v.block_shape[4] + RANK
-    for i_team in gl.static_range(TEAMS):
-        first = m_first + i_team * BLOCK_M
-        mbarrier.expect(own_ready.index(i_team), BLOCK_M * COLUMNS * 2)  # bytes
-        start_copy(q, i_o, i_i, i_h, first, 0, own_ready.index(i_team), rooms[0].index(i_team))
-        start_copy(d_out, i_o, i_i, i_h, first, 0, own_ready.index(i_team), rooms[3].index(i_team))
-        for i in gl.static_range(RANK // CHUNK):
-            room = rooms[4].index(i_team * (RANK // CHUNK) + i)
-            start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, own_ready.index(i_team), room)
-    slot = 0
-    phase = 1
-    for i_tile in range(n_tiles):
-        first = (n_tiles - 1 - i_tile) * BLOCK_N
-        mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(k_ready.index(slot), BLOCK_N * (COLUMNS + GRADIENT_RANK) * 2)
-        start_copy(k, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[1].index(slot))
-        start_copy(v, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[2].index(slot))
-        for i in gl.static_range(RANK // CHUNK):
-            k_room = rooms[5].index(slot * (RANK // CHUNK) + i)
-            start_copy(tensors[5], i_o, i_i, i_h, first, i * CHUNK, k_ready.index(slot), k_room)
-        if GRADIENT_RANK > 0:
-            start_copy(tensors[6], i_o, i_i, i_h, first, 0, k_ready.index(slot), rooms[6].index(slot))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-
-
-@gluon.jit
-def start_products(rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr):
-    """Start the scores of a tile, and the products of its values with the gradients of outputs."""
-    b_s = warpgroup_mma(
-        matrix(rooms[0], i_team), matrix(rooms[1], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
-    )
-    for i in gl.static_range(CHUNKS):
-        b_columns = matrix(rooms[5], slot * CHUNKS + i).permute((1, 0))
-        b_s = warpgroup_mma(matrix(rooms[4], i_team * CHUNKS + i), b_columns, b_s, is_async=True)
-    b_dp = warpgroup_mma(
-        matrix(rooms[3], i_team), matrix(rooms[2], slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
-    )
-    return b_s, b_dp
 
 
 @gluon.jit
@@ -104,8 +51,22 @@ def probabilities(
 
 
 @gluon.jit
+def add_rows(
+    b_excess, b_d_slopes, b_mean_distance, b_p, b_ds, b_steps, b_first, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr
+):
+    """A tile's rows added to their sums of dS, and of dS and P times distances. Slopes have EXCESS, too."""
+    if EXCESS:
+        b_sum = gl.sum(b_ds, 1)
+        b_excess += b_sum
+    if D_SLOPES:
+        b_d_slopes += gl.sum(b_ds * b_steps, 1) + b_sum * b_first
+        b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
+    return b_excess, b_d_slopes, b_mean_distance
+
+
+@gluon.jit
 def compute(
-    i_team, rooms, ready, free, place, made, statistics, sizes,
+    i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
@@ -116,10 +77,10 @@ def compute(
     d_query, d_columns, d_slopes = made
     level, delta, d_lse = statistics
     n_q, n_k, offset, unit = sizes
-    DTYPE: gl.constexpr = rooms[0].dtype
-    BLOCK_M: gl.constexpr = rooms[0].shape[4]
-    BLOCK_N: gl.constexpr = rooms[1].shape[4]
-    STAGES: gl.constexpr = rooms[1].shape[0]
+    DTYPE: gl.constexpr = own_rooms[0].dtype
+    BLOCK_M: gl.constexpr = own_rooms[0].shape[4]
+    BLOCK_N: gl.constexpr = rooms[0].shape[4]
+    STAGES: gl.constexpr = rooms[0].shape[0]
     MEANS: gl.constexpr = EXCESS and GRADIENT_RANK > 0
     # Products of the tile before, which are under way when scores are there.
     UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if MEANS else 0)
@@ -161,17 +122,14 @@ def compute(
 
     n_first = (n_tiles - 1) * BLOCK_N
     mbarrier.wait(k_ready.index(0), 0)
-    b_s, b_dp = start_products(rooms, i_team, 0, b_zero, CHUNKS)
+    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS)
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
     b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
     b_p = probabilities(b_s, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, True)
     b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
-    if EXCESS:
-        b_sum = gl.sum(b_dp, 1)
-        b_excess += b_sum
-    if D_SLOPES:
-        b_d_slopes += gl.sum(b_dp * b_steps, 1) + b_sum * b_first
-        b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
+    b_excess, b_d_slopes, b_mean_distance = add_rows(
+        b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
+    )
     b_ds = pack(b_dp, DTYPE)
     b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
 
@@ -193,24 +151,21 @@ def compute(
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
                 b_weights = unpack(b_pairs, DTYPE, LEFT_C)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
-            b_next, b_next_dp = start_products(rooms, i_team, next_slot, b_zero, CHUNKS)
-            b_sums = warpgroup_mma(b_left, matrix(rooms[1], slot), b_d_query, is_async=True)
+            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS)
+            b_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_query, is_async=True)
             if GRADIENT_RANK > 0:
-                b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[6], slot), b_d_columns, is_async=True)
+                b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
             if MEANS:
-                b_mean_sums = warpgroup_mma(b_weights, matrix(rooms[6], slot), b_means, is_async=True)
+                b_mean_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_means, is_async=True)
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_first = (n_first - m_first - offset - o_row).to(gl.float32)
             b_p = probabilities(
                 b_s, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, part == 0
             )
             b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
-            if EXCESS:
-                b_sum = gl.sum(b_dp, 1)
-                b_excess += b_sum
-            if D_SLOPES:
-                b_d_slopes += gl.sum(b_dp * b_steps, 1) + b_sum * b_first
-                b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
+            b_excess, b_d_slopes, b_mean_distance = add_rows(
+                b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
+            )
             if MEANS:
                 b_d_query, b_d_columns, b_means = warpgroup_mma_wait(0, [b_sums, b_column_sums, b_mean_sums])
             elif GRADIENT_RANK > 0:
@@ -222,11 +177,11 @@ def compute(
             b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
             slot = next_slot
             phase = next_phase
-    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[1], slot), b_d_query)
+    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_query)
     if GRADIENT_RANK > 0:
-        b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[6], slot), b_d_columns)
+        b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
     if MEANS:
-        b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[6], slot), b_means)
+        b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[3], slot), b_means)
 
     inside = m_first + o_row < n_q
     if EXCESS:
@@ -260,51 +215,42 @@ def queries_teams_kernel(
     """Gradients of queries, their factor columns and slopes; what is read but for vectors are tensor descriptors."""
     CHUNKS: gl.constexpr = RANK // CHUNK
     n_programs = gl.cdiv(n_q, BLOCK_M * TEAMS)
-    i_bh = gl.program_id(0) // n_programs
-    m_first = (n_programs - 1 - gl.program_id(0) % n_programs) * BLOCK_M * TEAMS  # the longest first, if causal
-    i_h, i_b = i_bh % n_heads, i_bh // n_heads
-    i_o, i_i, i_kv = i_b // n_inner, i_b % n_inner, i_h // group
+    i_program, i_bh, i_o, i_i, i_h, i_kv = program(n_programs, n_inner, n_heads, group)
+    m_first = (n_programs - 1 - i_program) * BLOCK_M * TEAMS  # the longest first, if causal
     n_end = n_k
     if CAUSAL:
         n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
     n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros
 
-    rooms = (rooms_for(q, TEAMS), rooms_for(k, STAGES), rooms_for(v, STAGES), rooms_for(d_out, TEAMS))
+    own, own_rooms = (q, d_out), (rooms_for(q, TEAMS), rooms_for(d_out, TEAMS))
+    passing, rooms = (k, v), (rooms_for(k, STAGES), rooms_for(v, STAGES))
     if RANK > 0:
-        tensors = (q, k, v, d_out, q_columns, k_columns)
-        rooms = rooms + (rooms_for(q_columns, TEAMS * CHUNKS), rooms_for(k_columns, STAGES * CHUNKS))
-    else:  # in the places of columns, which are not looked at
-        tensors = (q, k, v, d_out, q, k)
-        rooms = rooms + (rooms[0], rooms[1])
+        own, own_rooms = own + (q_columns,), own_rooms + (rooms_for(q_columns, TEAMS * CHUNKS),)
+        passing, rooms = passing + (k_columns,), rooms + (rooms_for(k_columns, STAGES * CHUNKS),)
     if GRADIENT_RANK > 0:
-        tensors = tensors + (gradient_columns,)
-        rooms = rooms + (rooms_for(gradient_columns, STAGES),)
+        passing, rooms = passing + (gradient_columns,), rooms + (rooms_for(gradient_columns, STAGES),)
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
     free = barriers(STAGES, TEAMS)
-    p_slope = level  # of no use where there are no slopes
-    if slopes is not None:
-        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
-        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
     # Tuples that have a name lose what is constant in them.
-    what = (i_bh.to(gl.int64), m_first, n_tiles, p_slope)
+    what = (i_bh.to(gl.int64), m_first, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
     made = (d_query, d_columns, d_slopes)
     rows = (level, delta, d_lse)
     sizes = (n_q, n_k, offset, unit)
-    where = (i_o, i_i, i_h, i_kv, m_first, n_tiles)
+    where = (i_o, i_i, i_h, i_h, i_kv, m_first, 0, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
                        GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, True)),
         ], [1], [LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
                        GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
-            (compute, (1, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
                        GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, True)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from flashbias.operands import Operands
 
 from .backward import Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
-from .columns import GradientColumns, gradient_columns
+from .columns import MIN_WIDTH, GradientColumns, gradient_columns
 from .forward import combine_kernel, forward_kernel
 from .layout import reduce_to
 from .table import table_kernel
@@ -122,7 +122,7 @@ def _query_side(
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Gradients of queries, of their factor and of the slopes; `better` than the dtype of the queries is."""
     factor = k_factor if "q_factor" in names else None
-    teams = plan.teams("queries" if factor is None else "q_factor", query, call.sizes["n_k"], call.frame.traits)
+    teams = _teams("queries" if factor is None else "q_factor", query, factor, call, statistics)
     if teams:
         by_teams = _queries_by_teams(query, factor, d_lse, names, call, statistics, better, teams)
         if by_teams:
@@ -140,8 +140,8 @@ def _query_side(
         call.launch(
             queries_kernel, (plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(), 1), tiles, **made,
             d_lse=d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
-            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
-            **statistics,
+            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
+            SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
     slopes, before, behind = (
@@ -162,7 +162,7 @@ def _key_side(
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Gradients of keys and values for each query head, and of their factor."""
     factor = q_factor if "k_factor" in names else None
-    teams = plan.teams("keys" if factor is None else "k_factor", query, key.shape[-2], call.frame.traits)
+    teams = _teams("keys" if factor is None else "k_factor", query, factor, call, statistics)
     if teams:
         by_teams = _keys_by_teams(query, key, value, factor, call, statistics, teams)
         if by_teams:
@@ -178,11 +178,22 @@ def _key_side(
         call.launch(
             keys_kernel, (plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(), 1), tiles, **made,
             d_columns=parts[-1] if stop else None,
-            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start, SPLIT=_is_split(side),
-            **statistics,
+            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
+            SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
     return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(_joined(parts))}
+
+
+def _teams(
+    kind: str, query: Tensor, factor: Tensor | None, call: Call, statistics: dict[str, Any]
+) -> plan.Tiles | None:
+    """The tiles with which teams make gradients; of a factor those of one slice of columns, from one half of dS."""
+    tiles = plan.teams(kind, query, call.sizes["n_k"], call.frame.traits)
+    columns = 0 if factor is None else plan.cdiv(factor.shape[-1], MIN_WIDTH) * MIN_WIDTH
+    if tiles is None or len(plan.slices(columns)) > 1 or _is_split(factor, query):
+        return None
+    return None if call.lie(statistics["d_out"]) is None else tiles
 
 
 def _queries_by_teams(
@@ -196,9 +207,7 @@ def _queries_by_teams(
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
-    if not _suits_teams(side) or not hopper_queries.backward(
-        call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, better
-    ):
+    if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, better):
         return {}
     slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
     q_factor = None if side is None or columns is None else side.combine(columns)
@@ -215,15 +224,10 @@ def _keys_by_teams(
     side = _columns(q_factor, query, tiles)
     d_key, d_value = _per_head(query, key), _per_head(query, value)
     columns, block = _room_for_columns(query, key.shape[-2], side, call)
-    if not _suits_teams(side) or not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block):
+    if not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block):
         return {}
     k_factor = None if side is None or columns is None else side.combine(columns)
     return {"key": d_key, "value": d_value, "k_factor": k_factor}
-
-
-def _suits_teams(side: GradientColumns | None) -> bool:
-    """Teams sum the gradients of one slice of columns, from one half of dS."""
-    return len(_slices(side)) == 1 and not _is_split(side)
 
 
 def _room_for_columns(
@@ -253,9 +257,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _is_split(side: GradientColumns | None) -> bool:
+def _is_split(factor: Tensor | None, query: Tensor) -> bool:
     """Whether dS is taken in two halves: an eager computation has it in fp32, and few columns average no rounding."""
-    return side is not None and (side.parts == 2 or side.rank <= FEW_COLUMNS)
+    if factor is None or query.dtype == torch.float32:
+        return False
+    return factor.dtype != query.dtype or factor.shape[-1] <= FEW_COLUMNS
 
 
 def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statistics: dict[str, Any]) -> Tensor:

@@ -14,13 +14,30 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashbias import plan
 
 from . import compiled, terms
-from .call import Call, described
-from .layout import Geometry, geometry
+from .call import Call
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
 LOADER = gl.constexpr(plan.LOADER)
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
+
+
+@gluon.jit
+def program(n_programs, n_inner, n_heads, group):
+    """Number, flat batch-head, outer, inner, head and key head of a program of a grid over (batch, head, number)."""
+    i_bh = gl.program_id(0) // n_programs
+    i_h, i_b = i_bh % n_heads, i_bh // n_heads
+    return gl.program_id(0) % n_programs, i_bh, i_b // n_inner, i_b % n_inner, i_h, i_h // group
+
+
+@gluon.jit
+def slope_of(slopes, spare, i_o, i_i, i_h):
+    """Where a head's slope is; where there are none, `spare`, which is not looked at."""
+    p_slope = spare
+    if slopes is not None:
+        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
+        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
+    return p_slope
 
 
 @gluon.jit
@@ -102,7 +119,7 @@ def read_by_tiles(
     for name, (block, *size) in read.items():
         arguments[name] = None
         if block is not None:
-            lie = described(Geometry(*geometry(block.ptr)), block.stride, call.frame.layout)
+            lie = call.lie(block)
             if lie is None:
                 return None
             arguments[name] = descriptor(block, lie, *size)

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashbias.errors import FlashBiasError
-
 from . import models, t5
-from .measuring import free, milliseconds, open_rows, random_model, reason
+from .measuring import choose, free, milliseconds, open_rows, random_model, reason
 
 SIZES = models.MODELS | {name: ("T5", options) for name, options in t5.SIZES.items()}
 LAYERS = {"Bloom": "n_layer", "Mpt": "n_layers", "Falcon": "num_hidden_layers", "T5": "num_layers"}
@@ -27,9 +25,7 @@ def run(names: Sequence[str], tokens: int, layers: int, path: Path | None, devic
     from flashbias.recipes import machine
 
     device = machine.choose_device(device)
-    names = [word for name in names for word in name.split(",")] or [n for n in SIZES if not n.startswith("tiny")]
-    if any(name not in SIZES for name in names) or (path is not None and len(names) > 1):
-        raise FlashBiasError(f"--model {','.join(names)}", "one of " + ", ".join(SIZES), "with --path name one model")
+    names = choose(names, list(SIZES), path)
     rows: list[dict[str, Any]] = []
     with open_rows("language_model_generate.csv", device, out) as store:
         for name in names:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import csv
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from flashbias.errors import FlashBiasError
+
+
+def choose(names: Sequence[str], known: Sequence[str], path: Path | None) -> list[str]:
+    """The models that `--model` names, between commas or one by one; all but the tiny ones where it names none.
+
+    Raises:
+        FlashBiasError: for a name that is not known, or several with one path of weights.
+    """
+    names = [word for name in names for word in name.split(",")] or [n for n in known if not n.startswith("tiny")]
+    if any(name not in known for name in names) or (path is not None and len(names) > 1):
+        raise FlashBiasError(f"--model {','.join(names)}", "one of " + ", ".join(known), "with --path name one model")
+    return names
 
 
 @contextmanager

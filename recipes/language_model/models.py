@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashbias.errors import FlashBiasError
-
-from .measuring import free, milliseconds, open_rows, random_model, reason
+from .measuring import choose, free, milliseconds, open_rows, random_model, reason
 
 BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
 MPT = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 65536}
@@ -43,10 +41,7 @@ def run(
     from flashbias.recipes import machine
 
     device = machine.choose_device(device)
-    names = [word for name in names for word in name.split(",")] or [n for n in MODELS if not n.startswith("tiny")]
-    unknown = [name for name in names if name not in MODELS]
-    if unknown or (path is not None and len(names) > 1):
-        raise FlashBiasError(f"--model {','.join(names)}", "one of " + ", ".join(MODELS), "with --path name one model")
+    names = choose(names, list(MODELS), path)
     rows: list[dict[str, Any]] = []
     with open_rows("language_model_models.csv", device, out) as store:
         for name in names:

@@ -19,7 +19,7 @@ SMALL = ("--tokens", "12", "--blocks", "1", "--cycles", "1", "--steps", "2", "--
 
 @pytest.fixture(autouse=True)
 def package(monkeypatch, tmp_path):
-    """Protenix on the path, with a version."""
+    """Protenix on the path, with a version; not patched, and not about to be by an import of the integration."""
     (tmp_path / "version/protenix-2.0.0.dist-info").mkdir(parents=True)
     metadata = "Metadata-Version: 2.1\nName: protenix\nVersion: 2.0.0\n"
     (tmp_path / "version/protenix-2.0.0.dist-info/METADATA").write_text(metadata)
@@ -27,6 +27,7 @@ def package(monkeypatch, tmp_path):
     monkeypatch.setenv("LAYERNORM_TYPE", "torch")
     from flashbias.integrations import protenix
 
+    protenix.revert()
     yield
     protenix.revert()
 

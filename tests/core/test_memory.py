@@ -23,7 +23,7 @@ CASES = [
     Case(bias="alibi_positions", mask="allowed_row", n_q=1, n_k=40, dtype=torch.float16),
     Case(bias="alibi", mask="causal&lengths", batch=(2, 3), n_q=15, n_k=15, layout="transposed"),
     Case(bias="dense+dense", mask="causal_early", n_q=40, n_k=1, kv_heads=1, broadcast="heads"),
-    Case(bias="table+table", mask="causal_tensor", n_q=140, n_k=150, broadcast="batch", dtype=torch.float16),
+    Case(bias="table+table", mask="causal_tensor", n_q=140, n_k=70, heads=1, broadcast="batch", dtype=torch.float16),
     Case(bias="table_long", n_q=17, n_k=70, broadcast="bare"),
     Case(bias="table_single", mask="lengths", n_q=1, n_k=40),
 ]  # fmt: skip

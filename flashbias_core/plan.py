@@ -59,8 +59,8 @@ class Tiles:
     columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
     badly over many warps: 64 columns can need fewer registers than 16.
     registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
-    teams: of warps, each with a tile of queries of its own, beside one warp that loads (kernels/hopper.py); or 0. Then
-    `registers` are those of a thread on the average.
+    teams: of warps, each with a tile of queries of its own, or of a row of the batch, beside one warp that loads
+    (kernels/teams.py); or 0. Then `registers` are those of a thread on the average.
     """
 
     block_m: int
@@ -131,11 +131,14 @@ TILES = {
         "forward pairs":      "64x64/4/3          64x64/4/3         64x32/8/2     64x32/8/2",
         "forward positions":  "64x64/4/3          128x64/8/3        128x64/8/3    64x32/8/2",
         "forward rank":       "128x64/8/3         128x64/8/3        32x32/4/2     64x32/8/2",
+        "forward teams dense":        "64x64/4/2/16/96/4 64x64/4/2/16/128/3 64x64/4/2/16/168/2",
         "forward teams rank causal":  "64x64/4/2/16/80/1  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
         "forward teams rank":         "64x64/4/2/16/80/2  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
         "forward teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
         "forward teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
         "forward teams":      "64x64/4/2/16/64/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
+        "queries teams dense": "64x64/4/2/16/128/3 64x64/4/2/16/168/2 64x32/4/2/16/168/2",
+        "keys teams dense":    "64x64/4/2/16/128/3 64x64/4/2/16/168/2 32x64/4/2/16/168/2",
         "queries teams":      "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
         "q_factor teams":     "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
         "keys teams factors": "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
@@ -257,7 +260,7 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     (`kernels/hopper_queries.py`), "keys" or "k_factor" (`kernels/hopper_keys.py`).
 
     `constants` as for `tiles`, and PLAIN: no mask but the causal one, and of the bias' terms only factors and slopes by
-    order, all in tensors that can be copied tile by tile.
+    order, or else only a dense bias that all the batch shares, all in tensors that can be copied tile by tile.
     """
     if not constants["PLAIN"] or not has_teams(query.device):
         return None
@@ -268,10 +271,21 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
         return None  # queries in two halves cost as many columns again
     found = select(f"{kind} teams", (9, 0), 2, constants)
     own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
-    programs = cdiv(own, found.teams) * rows
+    programs = team_programs(found, own, query.shape, constants)
     least = TEAM_WORK if kind == "forward" else 8 * TEAM_WORK  # with gradients the host has a millisecond to do
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
+
+
+def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapping[str, Any]) -> int:
+    """Programs for so many tiles of own rows and `(*batch, H, ...)`.
+
+    The teams of one have neighbouring tiles, or, where there is a dense bias, the same tile of neighbouring batch rows.
+    """
+    heads, batch = shape[-3], shape[:-3].numel()
+    if constants["DENSE"]:
+        return n_tiles * heads * cdiv(batch, found.teams)
+    return cdiv(n_tiles, found.teams) * heads * batch
 
 
 @cache

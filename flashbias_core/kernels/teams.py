@@ -1,4 +1,8 @@
-"""What the kernels of teams share (`hopper*.py`): shared memory and its barriers, halves in registers, the launch."""
+"""What the kernels of teams share (`hopper*.py`): shared memory and its barriers, halves in registers, the launch.
+
+Teams of a program have the same head. Without a dense bias they have neighbouring tiles of the same row of the batch,
+with one the same tile of neighbouring rows, so that they share a tile of the bias.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,17 @@ copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 
 
 @gluon.jit
-def program(n_programs, n_inner, n_heads, group):
-    """Number, flat batch-head, outer, inner, head and key head of a program of a grid over (batch, head, number)."""
+def program(n_programs, n_heads, group):
+    """Number, row of the batch, head and key head of a program of a grid over (batch, head, number)."""
     i_bh = gl.program_id(0) // n_programs
-    i_h, i_b = i_bh % n_heads, i_bh // n_heads
-    return gl.program_id(0) % n_programs, i_bh, i_b // n_inner, i_b % n_inner, i_h, i_h // group
+    i_h = i_bh % n_heads
+    return gl.program_id(0) % n_programs, i_bh // n_heads, i_h, i_h // group
+
+
+@gluon.jit
+def batch_row(i_b, n_inner):
+    """Outer and inner batch of a row of the batch."""
+    return i_b // n_inner, i_b % n_inner
 
 
 @gluon.jit
@@ -71,6 +81,19 @@ def matrix(rooms, i):
 
 
 @gluon.jit
+def room_of(slot, i_team, TEAMS: gl.constexpr, DENSE: gl.constexpr):
+    """The room of what passes by: with a dense bias each team, which has a row of the batch, has one of its own."""
+    return slot * TEAMS + i_team if DENSE else slot
+
+
+@gluon.jit
+def load_bias(rooms, slot, LAYOUT: gl.constexpr, TURNED: gl.constexpr):
+    """A tile of a dense bias, queries by keys or, TURNED, keys by queries."""
+    tile = matrix(rooms, slot)
+    return (tile.permute((1, 0)) if TURNED else tile).load(LAYOUT)
+
+
+@gluon.jit
 def pack(b_p, DTYPE: gl.constexpr):
     """Neighbours in half precision, as one integer: halves that a loop carries one by one take it 64 instructions."""
     b_even, b_odd = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
@@ -102,6 +125,12 @@ def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
         name: None if block is None else descriptor(block, frame.tensors[tensor], *size)
         for name, (tensor, block, *size) in read.items()
     }
+    arguments["bias"] = None
+    if call.frame.planes is not None and bias.matrix is not None:
+        shape, strides = call.frame.planes  # one for each head, or for all: else the call is not `PLAIN`
+        lie = [1, 1, *shape], [strides[0], strides[0], *strides]
+        arguments["bias"] = descriptor(bias.matrix, lie, tiles.block_m, tiles.block_n)
+    arguments["n_batch"] = call.frame.layout.outer * call.frame.layout.inner
     names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
     arguments |= {name: call.sizes[name] for name in names}
     return arguments | {name: frame.constants[name] for name in ("RANK", "CHUNK", "CAUSAL")} | {"slopes": bias.slopes}

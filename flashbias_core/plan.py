@@ -158,6 +158,7 @@ TILES = {
         "keys pairs":         "32x64/4/3          32x128/8/3        32x64/8/2     16x16/8/1/64",
         "keys positions":     "32x64/4/3          32x128/8/3        32x64/8/2     32x32/8/1",
         "keys rank":          "32x64/4/3          32x64/8/2         16x16/8/1/64  16x16/8/1/64",
+        "values teams":       "64x64/4/3/16/96/4  64x64/4/2/16/96/4  64x64/4/1/16/96/4",
         "values dense":       "64x64/4/3          128x64/8/2        64x64/8/2     16x16/8/1/64",
         "values":             "64x64/4/2          64x32/4/2         64x64/8/2     16x16/8/1/64",
     },
@@ -257,7 +258,8 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     """The tiles with which teams serve a call, or None where the general kernel does.
 
     `kind` is "forward" (`kernels/hopper.py`), "queries" or, where their factor has a gradient too, "q_factor"
-    (`kernels/hopper_queries.py`), "keys" or "k_factor" (`kernels/hopper_keys.py`).
+    (`kernels/hopper_queries.py`), "keys" or "k_factor" (`kernels/hopper_keys.py`), or "values"
+    (`kernels/hopper_values.py`).
 
     `constants` as for `tiles`, and PLAIN: no mask but the causal one, and of the bias' terms only factors and slopes by
     order, or else only a dense bias that all the batch shares, all in tensors that can be copied tile by tile.
@@ -286,6 +288,12 @@ def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapp
     if constants["DENSE"]:
         return n_tiles * heads * cdiv(batch, found.teams)
     return cdiv(n_tiles, found.teams) * heads * batch
+
+
+def values_programs(found: Tiles, n_q: int, n_k: int) -> int:
+    """Programs for one plane of a dense bias' gradient, whose teams stand two by two."""
+    rows = min(found.teams, 2)
+    return cdiv(n_q, found.block_m * rows) * cdiv(n_k, found.block_n * (found.teams // rows))
 
 
 @cache
@@ -326,9 +334,9 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type != "cuda" or _capability(device) >= (9, 0)
 
 
-def splits(programs: int, members: int, device: torch.device) -> int:
-    """Into how many parts a sum over `members` is split, so that `programs` times as many fill the device."""
-    return max(1, min(members, cdiv(4 * _processors(device), programs)))
+def splits(programs: int, members: int, device: torch.device, *, waves: int = 4, least: int = 1) -> int:
+    """Into how many parts, of `least` members, a sum is split, so that `programs` times as many fill the device."""
+    return max(1, min(members // least, cdiv(waves * _processors(device), programs)))
 
 
 def key_splits(programs: int, n_k: int, device: torch.device) -> int:

@@ -270,6 +270,15 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     own = layout.sizes(values)
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
     one_row = values.shape[-2] == 1 and n_q > 1
+    teams = plan.teams("values", query, n_k, call.frame.traits)
+    if teams:
+        from . import hopper_values
+
+        programs = plan.values_programs(teams, n_q, n_k) * own[-1]
+        splits = plan.splits(programs, math.prod(shared), query.device, waves=16, least=16)
+        planes = query.new_empty((splits, own[-1], n_q, n_k), dtype=torch.float32)
+        if hopper_values.backward(call, teams, statistics, planes):
+            return planes.sum(0).reshape(values.shape)
     tiles = call.tiles("values", query)
     n_m, n_n = plan.cdiv(n_q, tiles.block_m), plan.cdiv(n_k, tiles.block_n)
     programs = math.prod(own) * n_n * (1 if one_row else n_m)

@@ -175,5 +175,5 @@ def launch(
     kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
 ) -> None:
     """Launch a kernel of teams; `made` are the arguments on which its code depends and which the call's frame lacks."""
-    key = (id(kernel), tiles, compiled.kind(arguments["slopes"]), compiled.kind(made))
+    key = (id(kernel), tiles, compiled.kind(arguments.get("slopes")), compiled.kind(made))
     compiled.launch(kernel, (programs, 1), arguments, tiles.options(), call.frame.compiled, key)

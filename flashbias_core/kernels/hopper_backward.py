@@ -49,9 +49,7 @@ def load(
     for i_tile in range(n_tiles):
         first = begin + ((n_tiles - 1 - i_tile) if QUERIES else i_tile) * PASSING
         mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(
-            rooms_ready.index(slot), PASSING * (ROWS * COLUMNS + GRADIENT_RANK + (OWN if DENSE else 0)) * 2
-        )
+        mbarrier.expect(rooms_ready.index(slot), PASSING * (ROWS * COLUMNS + GRADIENT_RANK + (OWN if DENSE else 0)) * 2)
         if DENSE:
             m_first, n_first = (own_first, first) if QUERIES else (first, own_first)
             start_copy(passing[2], 0, 0, i_h, m_first, n_first, rooms_ready.index(slot), rooms[2].index(slot))
@@ -73,7 +71,9 @@ def load(
 
 
 @gluon.jit
-def start_products(own_rooms, rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr):
+def start_products(
+    own_rooms, rooms, i_team, slot, b_zero, CHUNKS: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr
+):
     """Start the scores of a tile, own rows by passing ones, and the products of values and gradients of outputs."""
     room = room_of(slot, i_team, TEAMS, DENSE)
     b_right = matrix(rooms[0], room).permute((1, 0))

@@ -311,7 +311,8 @@ def backward(
     given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
     made = {"level": level, "delta": delta, "d_query": d_query}
     made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
-    programs = plan.team_programs(tiles, plan.cdiv(d_query.shape[-2], tiles.block_m), d_query.shape, call.frame.traits)
+    n_tiles = plan.cdiv(d_query.shape[-2], tiles.block_m)
+    programs = plan.team_programs(tiles, n_tiles, d_query.shape, call.frame.traits)
     options = (rank, excess, d_slopes is None, d_lse is None)
     launch(queries_teams_kernel, call, tiles, programs, arguments | made, (*made.values(), *options))
     return True

@@ -37,7 +37,7 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
     """The warp that loads: the tiles of the bias, then queries, keys, values and gradients of each member."""
     q, d_out, k, v, bias = tensors
     members_ready, bias_ready = ready
-    i_plane, begin, end, n_inner, heads_shared, group, m_first, n_first = place
+    i_plane, n_planes, begin, end, n_inner, n_heads, group, m_first, n_first = place
     STAGES: gl.constexpr = rooms[0].shape[0] // ROWS
     BLOCK_M: gl.constexpr = bias.block_shape[3]
     BLOCK_N: gl.constexpr = bias.block_shape[4]
@@ -50,7 +50,9 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
     slot = 0
     phase = 1
     for i_member in range(begin, end):
-        i_o, i_i, i_h = member(i_member, i_plane, n_inner, heads_shared)
+        i_bh = i_member * n_planes + i_plane  # a plane is that of all heads, or there is one for each
+        i_o, i_i = batch_row(i_bh // n_heads, n_inner)
+        i_h = i_bh % n_heads
         bar = members_ready.index(slot)
         mbarrier.wait(free.index(slot), phase)
         mbarrier.expect(bar, (ROWS * BLOCK_M + COLUMNS * BLOCK_N) * FEATURES * 2)
@@ -67,21 +69,14 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
 
 
 @gluon.jit
-def member(i_member, i_plane, n_inner, heads_shared):
-    """Outer, inner and head of a member of those that share a plane of the bias."""
-    i_o, i_i = batch_row(i_member // heads_shared, n_inner)
-    return i_o, i_i, i_plane + i_member % heads_shared
-
-
-@gluon.jit
 def compute(
     i_team, rooms, ready, free, place, statistics, d_values, sizes, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 ):  # fmt: skip
     """A team: the sum of its tile's dS over members."""
     members_ready, bias_ready = ready
-    i_plane, begin, end, heads_shared, m_first, n_first, i_written = place
+    i_plane, n_planes, begin, end, m_first, n_first, i_written = place
     level, delta = statistics
-    n_q, n_k, n_heads, unit = sizes
+    n_q, n_k, unit = sizes
     STAGES: gl.constexpr = rooms[0].shape[0] // ROWS
     BLOCK_M: gl.constexpr = rooms[4].shape[4]
     BLOCK_N: gl.constexpr = rooms[4].shape[5]
@@ -95,10 +90,9 @@ def compute(
     slot = 0
     phase = 0
     for i_member in range(begin, end):
-        i_bh = i_member // heads_shared * n_heads + i_plane + i_member % heads_shared
-        p_row = i_bh.to(gl.int64) * n_q + o_m
-        b_level = gl.load(level + p_row, mask=o_m < n_q, other=float("inf"))
-        b_delta = gl.load(delta + p_row, mask=o_m < n_q, other=0.0)
+        row = (i_member * n_planes + i_plane).to(gl.int64) * n_q
+        b_level = gl.load(level + row + o_m, mask=o_m < n_q, other=float("inf"))
+        b_delta = gl.load(delta + row + o_m, mask=o_m < n_q, other=0.0)
         mbarrier.wait(members_ready.index(slot), phase)
         b_k = matrix(rooms[2], slot * COLUMNS + i_column).permute((1, 0))
         b_v = matrix(rooms[3], slot * COLUMNS + i_column).permute((1, 0))
@@ -132,8 +126,7 @@ def values_teams_kernel(
     i_tile, i_rest = gl.program_id(0) % (n_m * n_n), gl.program_id(0) // (n_m * n_n)
     i_plane, i_split = i_rest % n_planes, i_rest // n_planes
     m_first, n_first = i_tile // n_n * BLOCK_M * ROWS, i_tile % n_n * BLOCK_N * COLUMNS
-    heads_shared = n_heads // n_planes
-    n_members = n_batch * heads_shared
+    n_members = n_batch * (n_heads // n_planes)
     begin, end = n_members * i_split // n_splits, n_members * (i_split + 1) // n_splits
 
     tensors = (q, d_out, k, v, bias)
@@ -144,10 +137,10 @@ def values_teams_kernel(
     ready = (barriers(STAGES, 1), barriers(1, 1))
     free = barriers(STAGES, TEAMS)
     # Tuples that have a name lose what is constant in them.
-    what = (i_plane, begin, end, heads_shared, m_first, n_first, i_rest.to(gl.int64))
+    what = (i_plane, n_planes, begin, end, m_first, n_first, i_rest.to(gl.int64))
     rows = (level, delta)
-    sizes = (n_q, n_k, n_heads, unit)
-    where = (i_plane, begin, end, n_inner, heads_shared, group, m_first, n_first)
+    sizes = (n_q, n_k, unit)
+    where = (i_plane, n_planes, begin, end, n_inner, n_heads, group, m_first, n_first)
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),

@@ -22,7 +22,7 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan
         interpret(monkeypatch)
     elif not plan.has_teams(torch.device(device, 0)):
         pytest.skip("teams are for Hopper and triton >= 3.6")
-    from flashbias.kernels import hopper, hopper_keys, hopper_queries
+    from flashbias.kernels import hopper, hopper_keys, hopper_queries, hopper_values
 
     kernels: list[tuple[str, plan.Tiles]] = []
     launch = hopper.launch
@@ -31,7 +31,7 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan
         kernels.append((kernel.__name__, tiles))
         launch(kernel, call, tiles, *rest)
 
-    for module in (hopper, hopper_keys, hopper_queries):
+    for module in (hopper, hopper_keys, hopper_queries, hopper_values):
         monkeypatch.setattr(module, "launch", counted)
     monkeypatch.setattr(plan, "TEAM_WORK", 0)
     monkeypatch.setattr(plan, "_processors", lambda device: 1)
@@ -119,6 +119,30 @@ def test_accuracy_of_every_pair(case: Case, device: str, served: Served) -> None
 def test_accuracy_where_teams_make_all(case: Case, device: str, served: Served) -> None:
     check(case, device)
     assert [name for name, _ in served] == ["forward_teams_kernel", "queries_teams_kernel", "keys_teams_kernel"]
+
+
+SHARED = pairwise(
+    [{"bias": bias} for bias in ("dense", "dense_inf")],
+    [
+        {"batch": (5,), "n_q": 70, "n_k": 65, "c": 32},
+        {"batch": (2, 3), "n_q": 17, "n_k": 700, "c": 24},
+        {"batch": (40,), "heads": 1, "n_q": 140, "n_k": 20, "c_v": 40},
+        {"batch": (4,), "n_q": 193, "n_k": 270, "c": 64},
+        {"batch": (3,), "n_q": 65, "n_k": 270, "c": 128},
+        {"batch": (1,), "heads": 4, "kv_heads": 2, "n_q": 130},
+    ],
+    [{"broadcast": broadcast} for broadcast in ("batch", "missing", "bare")],
+    [{"layout": layout} for layout in ("contiguous", "transposed", "expanded")],
+    [{"scale": scale} for scale in (None, 0.25, -0.3)],
+    base=Case(dtype=torch.bfloat16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED, ids=ids(SHARED))
+def test_a_dense_bias_of_all_the_batch(case: Case, device: str, served: Served) -> None:
+    check(case, device)
+    wanted = [f"{name}_teams_kernel" for name in ("forward", "queries", "keys", "values")]
+    assert [name for name, _ in served] == wanted
 
 
 @pytest.mark.parametrize(("c", "teams"), [(32, 1), (64, 3), (128, 2)])

@@ -17,6 +17,7 @@ LONG = 1024  # keys
 FEW = 16  # queries
 LOADER = 24  # registers of a warp that loads
 TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
+EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
 PART = 512  # keys that a program gets at least where several share a tile's
 
 
@@ -277,6 +278,17 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     least = TEAM_WORK if kind == "forward" else 8 * TEAM_WORK  # with gradients the host has a millisecond to do
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
+
+
+def expands(query: torch.Tensor, n_k: int, q_factor: torch.Tensor, k_factor: torch.Tensor) -> bool:
+    """Whether factors are multiplied out to a dense bias, which teams read: where all the batch shares it.
+
+    It is no larger than the keys are, so that memory grows as theirs does.
+    """
+    shared = all(factor.shape[:-3].numel() == 1 for factor in (q_factor, k_factor))
+    batch, c = query.shape[:-3].numel(), query.shape[-1]
+    fits = shared and n_k <= batch * c and q_factor.dtype == query.dtype
+    return fits and q_factor.shape[-1] >= EXPANDED_RANK and query.dtype.itemsize == 2 and has_teams(query.device)
 
 
 def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from flashbias.operands import Operands
 from .backward import Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
 from .columns import MIN_WIDTH, GradientColumns, gradient_columns
+from .expansion import FACTORS, expanded, factor_gradients
 from .forward import combine_kernel, forward_kernel
 from .layout import reduce_to
 from .table import table_kernel
@@ -36,6 +37,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     with _on(query):
+        operands = expanded(query, key.shape[-2], operands) or operands
         call = prepare(query, key, value, operands, scale)
         teams = plan.teams("forward", query, key.shape[-2], call.frame.traits)
         if teams:
@@ -78,6 +80,13 @@ def backward(
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     if out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
+    multiplied = expanded(query, key.shape[-2], operands)
+    if multiplied is not None:
+        wanted = names - set(FACTORS) | ({"values"} if names & set(FACTORS) else set())
+        gradients = backward(grad_out, grad_lse, out, lse, query, key, value, multiplied, scale, wanted)
+        return (
+            gradients | factor_gradients(gradients.pop("values"), operands, names) if "values" in wanted else gradients
+        )
     rows = query.shape[:-2].numel()
     delta = torch.empty_like(lse)
     low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None

@@ -145,6 +145,19 @@ def test_a_dense_bias_of_all_the_batch(case: Case, device: str, served: Served) 
     assert [name for name, _ in served] == wanted
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("factored", rank=96, batch=(6,), n_q=70, n_k=150, c=32, broadcast="batch", dtype=torch.bfloat16),
+        Case("factored", rank=64, batch=(3, 2), n_q=65, n_k=40, broadcast="bare", dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_factors_of_all_the_batch_are_multiplied_out(case: Case, device: str, served: Served) -> None:
+    check(case, device)
+    assert served[-1][0] == "values_teams_kernel"
+
+
 @pytest.mark.parametrize(("c", "teams"), [(32, 1), (64, 3), (128, 2)])
 def test_number_of_teams(c: int, teams: int, device: str, served: Served) -> None:
     check(Case(bias="factored", rank=16, dtype=torch.bfloat16, n_q=200, n_k=140, c=c, scale=0.25), device)

@@ -25,6 +25,7 @@ from .teams import (
     barriers,
     batch_row,
     inputs,
+    keep_before,
     launch,
     load_bias,
     matrix,
@@ -53,7 +54,7 @@ def compute(
     GRADIENT_RANK: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of keys and of their values."""
-    own_qy, q_ready = ready
+    own_ready, q_ready = ready
     i_bh, n_first, m_begin, n_tiles, p_slope = place
     d_key, d_value, d_columns = made
     level, delta = statistics
@@ -97,7 +98,7 @@ def compute(
     b_d_key = gl.zeros([BLOCK_N, WIDTH], gl.float32, KEYS)
     b_d_value = gl.zeros([BLOCK_N, WIDTH_V], gl.float32, VALUES)
     b_d_columns = gl.zeros([BLOCK_N, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
-    mbarrier.wait(own_qy.index(i_team), 0)
+    mbarrier.wait(own_ready.index(i_team), 0)
 
     slot = 0
     phase = 0
@@ -142,6 +143,7 @@ def compute(
                 CAUSAL and part == 0,
             )  # fmt: skip
             b_dp = b_p * (b_dp - b_delta)
+            keep_before(own_ready.index(i_team))
             if GRADIENT_RANK > 0:
                 b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])
             else:

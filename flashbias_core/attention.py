@@ -82,7 +82,7 @@ def biased_attention(
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
     inputs = (query, key, value, *(value for _, value in operands.items()))
     _refuse_tangents(inputs)
-    out, lse = ops.attention(*inputs, float(scale))
+    out, lse = ops.attend(*inputs, float(scale))
     return (out, lse) if return_lse else out
 
 

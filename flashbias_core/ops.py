@@ -43,6 +43,37 @@ def _module(backend: str) -> ModuleType:
     return cpu
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`attention`, but past torch's dispatcher where nobody listens there: a quarter of what a call costs the host."""
+    if not _is_unheard(inputs[:_TENSORS]):
+        return attention(*inputs)
+    return _Attention.apply(*inputs) if _has_gradient(inputs) else _attention(*inputs)
+
+
+def _is_unheard(tensors: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher would do nothing but call what is below it; the first of `tensors` is one.
+
+    Compilers, tracers, transforms, modes, profilers, subclasses of tensors and tensors without data listen.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    listeners = (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+    return not listeners and _PLAIN.issuperset(map(type, tensors)) and not tensors[0].is_meta
+
+
+def _has_gradient(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs[:_TENSORS])
+
+
 # `torch.library.custom_op` would say the same, but checks its outputs in every call: up to 0.3 ms on the host.
 _LIBRARY = torch.library.Library("flashbias", "DEF")
 _LIBRARY.define(
@@ -113,7 +144,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(*inputs)
+        out, lse = (_attention if _is_unheard(inputs[:_TENSORS]) else _below_autograd)(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *inputs[:_TENSORS])
         ctx.others = inputs[_TENSORS:]
@@ -127,7 +158,10 @@ class _Attention(torch.autograd.Function):
             # Where nothing was attended to, what made something of the LSE may well have no derivative.
             grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)
         wanted = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
-        gradients = attention_backward(grad_out, grad_lse, out, lse, wanted, *tensors, *ctx.others)
+        # A graph of the gradients is refused by the operator.
+        direct = not torch.is_grad_enabled() and _is_unheard((grad_out, grad_lse, *tensors))
+        run = _attention_backward if direct else attention_backward
+        gradients = run(grad_out, grad_lse, out, lse, wanted, *tensors, *ctx.others)
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):
             results[position] = gradient if want else None
@@ -143,9 +177,7 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
 # as long on the host as everything else together.
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs[:_TENSORS]):
-        return _Attention.apply(*inputs)
-    return _below_autograd(*inputs)
+    return _Attention.apply(*inputs) if _has_gradient(inputs) else _below_autograd(*inputs)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

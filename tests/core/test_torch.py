@@ -11,6 +11,7 @@ import torch
 from cases import Case, build
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashbias import (
@@ -326,6 +327,32 @@ def test_without_gradients(guard: Any, place: str) -> None:
         results = attend(leaves)
     assert not any(result.requires_grad for result in results)
     assert_equal(list(results), [result.detach() for result in attend(leaves)], rtol=0, atol=0)
+
+
+def test_who_listens_to_torch_hears_the_operator(place: str) -> None:
+    """Modes and profilers, forward and backward; where nobody listens results are the same."""
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            heard.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    heard: list[str] = []
+    query, key, value = torch.randn(3, 1, 2, 9, 16, device=place).requires_grad_().unbind()
+
+    def run() -> tuple[Tensor, ...]:
+        out = biased_attention(query, key, value, is_causal=True)
+        return out, *torch.autograd.grad(out.sum(), (query, key, value))
+
+    quiet = run()
+    with Listener():
+        seen = run()
+    assert all(torch.equal(a, b) for a, b in zip(quiet, seen, strict=True))
+    assert {"flashbias.attention.default", "flashbias.attention_backward.default"} <= set(heard)
+    with torch.profiler.profile() as profile:
+        run()
+    names = {event.name for event in profile.events()}
+    assert {"flashbias::attention", "flashbias::attention_backward"} <= names
 
 
 def test_cotangents_of_any_strides(place: str) -> None:

@@ -191,7 +191,7 @@ def prepare(
         *[None if tensor is None else geometry(tensor) for tensor in tensors],
     )  # fmt: skip
     blocks: list[Any] = [
-        None if tensor is None else Block(tensor, strides) if strides else frame.layout.block(tensor, axes)
+        None if tensor is None else Block(tensor, *strides) if strides else frame.layout.block(tensor, axes)
         for tensor, strides, axes in zip(tensors, frame.strides, AXES.values(), strict=True)
     ]
     q, k, v = blocks[: len(INPUTS)]

@@ -45,8 +45,8 @@ def slope_of(slopes, spare, i_o, i_i, i_h):
     """Where a head's slope is; where there are none, `spare`, which is not looked at."""
     p_slope = spare
     if slopes is not None:
-        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
-        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
+        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.outer
+        p_slope += i_i.to(gl.int64) * slopes.inner + i_h * slopes.head
     return p_slope
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flashbias import plan
@@ -17,19 +16,22 @@ def expanded(query: Tensor, n_k: int, operands: Operands) -> Operands | None:
     Values have the dtype of the factors, as in an eager computation.
     """
     q_factor, k_factor = operands.q_factor, operands.k_factor
-    if q_factor is None or k_factor is None:
+    if q_factor is None or k_factor is None or operands.causal:
         return None
-    alone = all(value is None for name, value in operands.items()[: -len(("symmetric", "causal", "offset"))]
-                if name not in FACTORS)  # fmt: skip
-    if not alone or operands.causal or not plan.expands(query, n_k, q_factor, k_factor):
+    others = (value for name, value in operands.items() if name not in FACTORS and isinstance(value, Tensor))
+    if any(True for _ in others) or not plan.expands(query, n_k, q_factor, k_factor):
         return None
     return Operands(values=q_factor @ k_factor.mT, offset=operands.offset)
 
 
 def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> dict[str, Tensor]:
-    """Gradients of the factors from that of the values that they were multiplied out to, summed over what they share."""
+    """Gradients of the factors from that of the values they were multiplied out to, summed over what they share."""
     q_factor, k_factor = operands.q_factor, operands.k_factor
-    assert q_factor is not None and k_factor is not None
-    d_values = d_values.to(torch.float32)
-    made = {"q_factor": lambda: d_values @ k_factor.float(), "k_factor": lambda: d_values.mT @ q_factor.float()}
-    return {name: made[name]().sum_to_size(getattr(operands, name).shape) for name in FACTORS if name in names}
+    assert q_factor is not None
+    assert k_factor is not None
+    made = {}
+    if "q_factor" in names:
+        made["q_factor"] = (d_values @ k_factor.float()).sum_to_size(q_factor.shape)
+    if "k_factor" in names:
+        made["k_factor"] = (d_values.mT @ q_factor.float()).sum_to_size(k_factor.shape)
+    return made

@@ -225,7 +225,8 @@ def compute(
 
 @gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
 def queries_teams_kernel(
-    q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_lse, d_query, d_columns, d_slopes,
+    q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_lse,
+    d_query, d_columns, d_slopes,
     n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,

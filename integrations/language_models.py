@@ -25,7 +25,7 @@ from .derived import readable
 from .integration import Replacement, is_hooked, not_computable, say_once
 
 NAME = "factored_bias"  # of the attention, for `attn_implementation=`
-VERSIONS = ">=4.57,<6"
+VERSIONS = ">=4.57.1,<6"  # 4.57.0 has been withdrawn
 KEPT = "forward_before_flashbias"
 
 # Queries. To look whether all tokens count, a call waits for the device; where it is long that is nothing beside what

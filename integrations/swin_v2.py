@@ -122,6 +122,7 @@ def _is_live(attention: Any) -> bool:
     """Whether the bias has to be made in this call: its gradients are recorded, or the graph will run elsewhere."""
     in_graph = torch.compiler.is_compiling() and torch.is_grad_enabled()
     # What `torch.compiler.is_exporting()` returns, but for graphs of torch.compile in torch 2.11, where that says True.
+    # (Torch 2.7 sets it in a strict export too late: without gradients, that graph gets what a compiled one does.)
     return in_graph or _is_recorded(attention) or torch.compiler._is_exporting_flag
 
 

@@ -37,7 +37,7 @@ def attention(
     missing, before = windows * n_queries - atoms, (n_keys - n_queries) // 2
     bias = kept_bias(module, lambda: _bias(module, z, atoms, before))
     lead = q.shape[:-2]
-    if len({own == full for own, full in zip(bias.shape, lead, strict=False) if full > 1}) > 1:
+    if len({own == full for own, full in zip(bias.shape[:-4], lead, strict=True) if full > 1}) > 1:
         bias = bias.expand(*lead, *bias.shape[-4:]).contiguous()  # the kernels want those that share it side by side
     inner = module.attention
     q = F.pad(q, (0, 0, 0, missing)).unflatten(-2, (windows, n_queries))

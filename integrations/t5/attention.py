@@ -71,7 +71,7 @@ def _keys_and_values(
         if both and cache.is_updated.get(module.layer_idx):
             return own.layers[module.layer_idx].keys, own.layers[module.layer_idx].values
         if "cache_position" in options:
-            options = options | {"cache_position": None}
+            options = {**options, "cache_position": None}
     source = hidden_states if memory is None else memory
     key, value = (_heads(module, project(source)) for project in (module.k, module.v))
     key, value = language_models.append(module, own, key, value, options)

@@ -1,6 +1,7 @@
 """The kernels, compiled for every architecture of the contract: they fit its shared memory and spill no register.
 
 Not yet everywhere: `spills_allowed` and `by_choice` name what still spills, fp32 above all.
+Tiles are chosen by the compilers of triton since 3.6; what earlier ones spill costs speed alone.
 
 Compilers need no GPU. They do need processes without TRITON_INTERPRET, which these tests start.
 """
@@ -20,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, pairwise
+
+from flashbias import plan
 
 HERE = Path(__file__).parent
 # Bytes that one block can have (CUDA C++ programming guide, table of technical specifications per compute capability).
@@ -48,9 +51,10 @@ class Compilation(Case):
         c, factored = max(self.c, self.c_v or 0), "factored" in self.bias
         if self.teams:  # by triton 3.9, mostly at diagonals; 3.6, for which the tiles are chosen, spills a quarter
             return 192 if factored or self.mask == "causal" else 0
+        earlier = 64 if plan._triton_version() < (3, 6) else 0
         if self.dtype == torch.float32 and (c > 64 or factored or "table" in self.bias):
-            return 96
-        return 64 if factored and c > 128 else 0
+            return 96 + earlier
+        return (64 if factored and c > 128 else 0) + earlier
 
 
 ARCHITECTURES = [{"arch": arch} for arch in SHARED_LIMIT]
@@ -144,6 +148,8 @@ TEAMS = pairwise(
 
 def test_teams_fit_hopper() -> None:
     """Started products stay under way, too: a use of their registers in the wrong place would cost a third."""
+    if plan._triton_version() < (3, 6):
+        pytest.skip("Gluon's language for Hopper is complete from triton 3.6 on")
     reports = compiled(TEAMS)
     found = faults(reports)
     assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
@@ -159,7 +165,7 @@ def test_spills_and_errors_are_seen() -> None:
     found = faults(
         [
             same | {"shared": 101377, "registers": 9, "spills": 0, "serial": False},
-            same | {"shared": 101376, "registers": 255, "spills": 8, "serial": True},
+            same | {"shared": 101376, "registers": 255, "spills": case.spills_allowed + 8, "serial": True},
             {"case": case, "error": "CompilationError: at 1:1"},
         ]
     )

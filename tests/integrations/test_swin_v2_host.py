@@ -124,7 +124,19 @@ def test_other_batch_sizes_do_not_recompile(swin_v2, small_model):
     assert len(backend.graphs) == 1
 
 
-@pytest.mark.parametrize(("host", "strict"), [("timm", False), ("timm", True), ("microsoft", False)], indirect=["host"])
+no_strict_export = pytest.mark.xfail(
+    torch.__version__ < "2.8",
+    reason="torch 2.7 cannot tell that a graph is for a strict export: it gets what graphs of torch.compile get",
+    raises=AssertionError,
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "strict"),
+    [("timm", False), pytest.param("timm", True, marks=no_strict_export), ("microsoft", False)],
+    indirect=["host"],
+)
 def test_export(swin_v2, small_model, image, strict):
     """The exported program needs nothing but `flashbias`: its graph makes the exact bias from the weights."""
     swin_v2.configure(mode="factored", rank=2)

@@ -278,7 +278,10 @@ def test_a_step_of_training_is_that_of_the_host(make_model, stock, kind):
 def test_compiled_in_one_graph(make_model, stock, kind):
     model = make_model(kind, **{LAYERS[kind]: 1})
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    # Two hosts take the log2 of their number of heads, for which torch 2.7 can write no guard: there only what changes
+    # from call to call is dynamic.
+    dynamic = True if torch.__version__ >= "2.8" else None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with torch.no_grad():
         for n in (12, 19):
             ids = make_ids(2, n)

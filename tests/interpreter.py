@@ -278,10 +278,10 @@ def _start_product(a: Any, b: Any, total: Any, *, use_acc: bool = True, is_async
 
 def _wait_for_products(under_way: int, products: list[Product]) -> Any:
     """All but so many of those started last are formed; each of `products` has to be by then."""
-    number = len(_here.products) - under_way
+    number = max(len(_here.products) - under_way, 0)
     for product in _here.products[:number]:
         product.finish()
-    _here.products = _here.products[max(number, 0) :]
+    _here.products = _here.products[number:]
     found = tuple(product.value for product in products)
     assert not any(value is None for value in found), "a product is used while it is under way"
     return found if len(found) > 1 else found[0]

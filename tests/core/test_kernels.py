@@ -28,18 +28,19 @@ def axis(**values: Any) -> list[dict[str, Any]]:
     return [{name: choice} for choice in choices]
 
 
+# Several tiles of either side, or one: then something else is special.
 SHAPES = [
     {"n_q": 33, "n_k": 33},
     {"n_q": 1, "n_k": 40},
     {"n_q": 65, "n_k": 17, "c": 24},
     {"n_q": 17, "n_k": 70, "c_v": 40},
-    {"heads": 4, "kv_heads": 2},
-    {"batch": ()},
-    {"batch": (2, 3), "n_q": 15, "n_k": 15},
+    {"n_q": 21, "n_k": 21, "heads": 4, "kv_heads": 2},
+    {"n_q": 33, "n_k": 33, "batch": ()},
+    {"n_q": 15, "n_k": 15, "batch": (2, 3)},
     {"n_q": 40, "n_k": 1, "scale": 1.0},
-    {"c": 32, "scale": 0.25},
-    {"scale": 0.0},
-    {"scale": -0.3},
+    {"n_q": 21, "n_k": 21, "c": 32, "scale": 0.25},
+    {"n_q": 21, "n_k": 21, "scale": 0.0},
+    {"n_q": 21, "n_k": 21, "scale": -0.3},
 ]
 SMALL = pairwise(
     axis(bias=(*BIASES, *SUMS)),

@@ -47,7 +47,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """`attention`, but past torch's dispatcher where nobody listens there: a quarter of what a call costs the host."""
+    """`attention`, but past torch's dispatcher where nobody listens there: it takes the host part of every call."""
     if not _is_unheard(inputs[:_TENSORS]):
         return attention(*inputs)
     return _Attention.apply(*inputs) if _has_gradient(inputs) else _attention(*inputs)

@@ -336,7 +336,7 @@ _MBARRIER = types.SimpleNamespace(
     wait=lambda room, phase: _here.program.wait(room.barrier, int(phase)),
 )
 _GL = types.SimpleNamespace(
-    int32=torch.int32, int64=torch.int64, float32=torch.float32, constexpr=None,
+    int64=torch.int64, float32=torch.float32,
     NVMMADistributedLayout=_nothing, DotOperandLayout=_nothing, SliceLayout=_nothing, BlockedLayout=_nothing,
     program_id=lambda axis: _here.program.number, static_range=range, cdiv=lambda a, b: -(-a // b),
     arange=lambda begin, end, layout: _value(torch.arange(begin, end)),

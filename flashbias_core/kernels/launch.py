@@ -92,13 +92,9 @@ def backward(
     low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
     level = torch.empty_like(lse)
-    inexact = operands.q_factor is not None and operands.q_factor.dtype != query.dtype
-    better = (
-        low is not None or bool(names & {"slopes", "table"}) or (inexact and bool(names & {"q_factor", "k_factor"}))
-    )
+    better = low is not None or bool(names & {"slopes", "table"})
     # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
-    few = operands.q_factor is not None and operands.q_factor.shape[-1] <= FEW_COLUMNS
-    better |= few and bool(names & {"q_factor", "k_factor"})
+    better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
     gradients: dict[str, Tensor | None] = {}

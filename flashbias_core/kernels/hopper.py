@@ -207,7 +207,6 @@ def compute(
     )  # fmt: skip
     b_sum = gl.sum(b_p, 1)
     b_pairs = pack(b_p, DTYPE)
-    mbarrier.wait(v_ready.index(0), 0)
 
     slot = 0
     phase = 0
@@ -225,6 +224,7 @@ def compute(
             b_weights = unpack(b_pairs, DTYPE, WEIGHTS)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
             b_next = start_scores(rooms, i_team, next_slot, b_zero, TEAMS, CHUNKS, DENSE)
+            mbarrier.wait(v_ready.index(slot), phase)
             b_v = matrix(rooms[2], room_of(slot, i_team, TEAMS, DENSE))
             b_sums = warpgroup_mma(b_weights, b_v, b_out, is_async=True)
             b_bias = load_bias(rooms[3], next_slot, SCORES, False) if DENSE else 0
@@ -235,13 +235,13 @@ def compute(
                 o_last - n_first, unit, to_log2, SLOPES, DENSE, part == 0,
             )  # fmt: skip
             b_sum = b_sum * b_rescale + gl.sum(b_p, 1)
-            mbarrier.wait(v_ready.index(next_slot), next_phase)
             b_out = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(v_free.index(slot), count=1)
             b_pairs = pack(b_p, DTYPE)
             b_out = b_out * gl.expand_dims(gl.convert_layout(b_rescale, OUT_ROWS, assert_trivial=True), 1)
             slot = next_slot
             phase = next_phase
+    mbarrier.wait(v_ready.index(slot), phase)
     b_v = matrix(rooms[2], room_of(slot, i_team, TEAMS, DENSE))
     b_out = warpgroup_mma(unpack(b_pairs, DTYPE, WEIGHTS), b_v, b_out)
 

@@ -25,7 +25,6 @@ from .teams import (
     barriers,
     batch_row,
     inputs,
-    keep_before,
     launch,
     load_bias,
     matrix,
@@ -143,7 +142,6 @@ def compute(
                 CAUSAL and part == 0,
             )  # fmt: skip
             b_dp = b_p * (b_dp - b_delta)
-            keep_before(own_ready.index(i_team))
             if GRADIENT_RANK > 0:
                 b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])
             else:

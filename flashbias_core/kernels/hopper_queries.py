@@ -25,7 +25,6 @@ from .teams import (
     barriers,
     batch_row,
     inputs,
-    keep_before,
     launch,
     load_bias,
     matrix,
@@ -184,7 +183,6 @@ def compute(
             b_excess, b_d_slopes, b_mean_distance = add_rows(
                 b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
             )
-            keep_before(own_ready.index(i_team))
             if MEANS:
                 b_d_query, b_d_columns, b_means = warpgroup_mma_wait(0, [b_sums, b_column_sums, b_mean_sums])
             elif GRADIENT_RANK > 0:

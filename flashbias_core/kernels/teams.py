@@ -94,15 +94,6 @@ def load_bias(rooms, slot, LAYOUT: gl.constexpr, TURNED: gl.constexpr):
 
 
 @gluon.jit
-def keep_before(done):
-    """What stands above stays above what stands below, as long as that needs it: `done` is a barrier that is through.
-
-    ptxas waits for products first and takes exponentials afterwards, wherever they stand; but not beyond a branch.
-    """
-    mbarrier.wait(done, 0)
-
-
-@gluon.jit
 def pack(b_p, DTYPE: gl.constexpr):
     """Neighbours in half precision, as one integer: halves that a loop carries one by one take it 64 instructions."""
     b_even, b_odd = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))

@@ -62,6 +62,7 @@ class Tiles:
     registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
     teams: of warps, each with a tile of queries of its own, or of a row of the batch, beside one warp that loads
     (kernels/teams.py); or 0. Then `registers` are those of a thread on the average.
+    beside: 1 where exponentials of teams are kept beside products (`keep_before` in kernels/teams.py).
     """
 
     block_m: int
@@ -71,6 +72,7 @@ class Tiles:
     columns: int = 16
     registers: int = 0
     teams: int = 0
+    beside: int = 0
 
     def options(self) -> dict[str, Any]:
         """As a launch takes them."""
@@ -112,7 +114,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers / teams, at head dims
+# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers / teams / beside, at head dims
 # up to 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the traits in
 # `select`. For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the others
 # nothing was measured: they are chosen to compile within the shared memory and, but for what tests/core/test_compile.py

@@ -28,6 +28,7 @@ from .teams import (
     keep_before,
     launch,
     load_bias,
+    lost,
     matrix,
     pack,
     program,
@@ -51,7 +52,7 @@ def load_statistics(level, delta, o_m, n_q):
 def compute(
     i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, DENSE: gl.constexpr, BESIDE: gl.constexpr, TEAMS: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, BESIDE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of keys and of their values."""
     own_ready, q_ready = ready
@@ -64,7 +65,7 @@ def compute(
     BLOCK_N: gl.constexpr = own_rooms[0].shape[4]
     STAGES: gl.constexpr = rooms[0].shape[0] // (TEAMS if DENSE else 1)
     # Products of the tile before, which are under way when scores are there.
-    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0)
+    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     WIDTH_V: gl.constexpr = rooms[1].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -112,6 +113,7 @@ def compute(
     )
     b_dp = b_p * (b_dp - b_delta)
     b_ds = pack(b_dp, DTYPE)
+    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
     for part in gl.static_range(0 if CAUSAL else 1, 2):
         begin = 1 if part == 0 else n_checked
@@ -129,6 +131,7 @@ def compute(
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
+                b_left_low = unpack(b_low, DTYPE, LEFT_C)
             mbarrier.wait(q_ready.index(next_slot), next_phase)
             b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS, DENSE, TEAMS)
             room = room_of(slot, i_team, TEAMS, DENSE)
@@ -136,6 +139,8 @@ def compute(
             b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], room), b_d_key, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
+                if SPLIT:
+                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[3], slot), b_column_sums, is_async=True)
             b_bias = load_bias(rooms[2], next_slot, SCORES, True) if DENSE else 0
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_p = probabilities(
@@ -150,6 +155,7 @@ def compute(
                 b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
+            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase
@@ -159,6 +165,8 @@ def compute(
 
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
+        if SPLIT:
+            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
         store(d_columns, b_d_columns, i_bh * n_k, n_first, n_k, GRADIENT_RANK, COLUMNS)
     store(d_key, b_d_key * unit, i_bh * n_k, n_first, n_k, C, KEYS)
     store(d_value, b_d_value, i_bh * n_k, n_first, n_k, C_V, VALUES)
@@ -196,7 +204,7 @@ def keys_teams_kernel(
     q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_key, d_value, d_columns,
     n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
     BESIDE: gl.constexpr,
 ):  # fmt: skip
@@ -237,27 +245,27 @@ def keys_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     False)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     False)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
             (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     False)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
@@ -265,7 +273,7 @@ def keys_teams_kernel(
 
 def backward(
     call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor, d_columns: Tensor | None,
-    gradient_columns: terms.Block | None,
+    gradient_columns: terms.Block | None, split: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of keys, values and factor columns of a call that `plan.teams` gives to this kernel.
 
@@ -279,7 +287,7 @@ def backward(
     arguments = inputs(call, tiles) | read | {name: constants[name] for name in ("C", "C_V")}
     made = (level, delta, d_key, d_value, d_key if d_columns is None else d_columns)
     arguments |= dict(zip(("level", "delta", "d_key", "d_value", "d_columns"), made, strict=True))
-    arguments["GRADIENT_RANK"] = rank
+    arguments |= {"GRADIENT_RANK": rank, "SPLIT": split}
     programs = plan.team_programs(tiles, plan.cdiv(d_key.shape[-2], tiles.block_n), d_key.shape, call.frame.traits)
-    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank))
+    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank, split))
     return True

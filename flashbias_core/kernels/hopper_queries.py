@@ -28,6 +28,7 @@ from .teams import (
     keep_before,
     launch,
     load_bias,
+    lost,
     matrix,
     pack,
     program,
@@ -76,7 +77,7 @@ def add_rows(
 def compute(
     i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr, DENSE: gl.constexpr, BESIDE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of queries."""
@@ -91,7 +92,7 @@ def compute(
     STAGES: gl.constexpr = rooms[0].shape[0] // (TEAMS if DENSE else 1)
     MEANS: gl.constexpr = EXCESS and GRADIENT_RANK > 0
     # Products of the tile before, which are under way when scores are there.
-    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if MEANS else 0)
+    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0) + (1 if MEANS else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     QUERIES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
@@ -146,6 +147,7 @@ def compute(
         b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
     )
     b_ds = pack(b_dp, DTYPE)
+    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
 
     slot = 0
@@ -164,6 +166,7 @@ def compute(
             b_left = unpack(b_ds, DTYPE, LEFT)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
+                b_left_low = unpack(b_low, DTYPE, LEFT_C)
                 b_weights = unpack(b_pairs, DTYPE, LEFT_C)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
             b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS, DENSE, TEAMS)
@@ -171,6 +174,8 @@ def compute(
             b_sums = warpgroup_mma(b_left, b_k, b_d_query, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
+                if SPLIT:
+                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[3], slot), b_column_sums, is_async=True)
             if MEANS:
                 b_mean_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_means, is_async=True)
             b_bias = load_bias(rooms[2], next_slot, SCORES, False) if DENSE else 0
@@ -193,6 +198,7 @@ def compute(
                 b_d_query = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
+            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
             slot = next_slot
             phase = next_phase
@@ -200,20 +206,25 @@ def compute(
     b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), b_k, b_d_query)
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
+        if SPLIT:
+            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
     if MEANS:
         b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[3], slot), b_means)
 
     inside = m_first + o_row < n_q
+    # What the sum of a row's dS lacks. It is added: where the means, which products have made, were subtracted, ptxas
+    # took them for the zeros that they had been before.
+    b_lack = gl.zeros_like(b_excess) - b_excess
     if EXCESS:
         if D_LSE:
-            b_excess -= gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
-        gl.store(delta + i_row + o_row, b_delta + b_excess, mask=inside)
+            b_lack += gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
+        gl.store(delta + i_row + o_row, b_delta - b_lack, mask=inside)
     if D_SLOPES:
-        gl.store(d_slopes + i_row + o_row, b_d_slopes - b_excess * b_mean_distance, mask=inside)
+        gl.store(d_slopes + i_row + o_row, b_d_slopes + b_lack * b_mean_distance, mask=inside)
     if GRADIENT_RANK > 0:
         if MEANS:
-            b_off = gl.convert_layout(b_excess, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
-            b_d_columns -= gl.expand_dims(b_off, 1) * b_means
+            b_lack = gl.convert_layout(b_lack, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
+            b_d_columns += gl.expand_dims(b_lack, 1) * b_means
         o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, COLUMNS)), 1)
         o_r = gl.expand_dims(gl.arange(0, GRADIENT_RANK, gl.SliceLayout(0, COLUMNS)), 0)
         gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_q)
@@ -229,7 +240,7 @@ def queries_teams_kernel(
     d_query, d_columns, d_slopes,
     n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
     BESIDE: gl.constexpr,
@@ -271,27 +282,27 @@ def queries_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     True)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     True)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
             (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     True)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
@@ -299,7 +310,7 @@ def queries_teams_kernel(
 
 def backward(
     call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
-    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, excess: bool,
+    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, split: bool, excess: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of queries, slopes and factor columns of a call that `plan.teams` gives to this kernel.
 
@@ -310,13 +321,13 @@ def backward(
     read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
     if read is None:
         return False
-    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank}
+    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank, "SPLIT": split}
     arguments |= {"EXCESS": excess, "D_SLOPES": d_slopes is not None, "D_LSE": d_lse is not None}
     given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
     made = {"level": level, "delta": delta, "d_query": d_query}
     made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
     n_tiles = plan.cdiv(d_query.shape[-2], tiles.block_m)
     programs = plan.team_programs(tiles, n_tiles, d_query.shape, call.frame.traits)
-    options = (rank, excess, d_slopes is None, d_lse is None)
+    options = (rank, split, excess, d_slopes is None, d_lse is None)
     launch(queries_teams_kernel, call, tiles, programs, arguments | made, (*made.values(), *options))
     return True

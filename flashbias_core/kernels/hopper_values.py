@@ -26,9 +26,11 @@ from .teams import (
     launch,
     load_bias,
     matrix,
+    pack,
     read_by_tiles,
     rooms_for,
     start_copy,
+    unpack,
 )
 
 
@@ -87,6 +89,7 @@ def compute(
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_sum = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     mbarrier.wait(bias_ready.index(0), 0)
+    b_pairs = pack(load_bias(rooms[4], i_team, SCORES, False).to(gl.float32), rooms[4].dtype)
     slot = 0
     phase = 0
     for i_member in range(begin, end):
@@ -100,7 +103,7 @@ def compute(
         b_dp = warpgroup_mma(matrix(rooms[1], slot * ROWS + i_row), b_v, b_zero, use_acc=False, is_async=True)
         b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
         mbarrier.arrive(free.index(slot), count=1)
-        b_bias = load_bias(rooms[4], i_team, SCORES, False).to(gl.float32)
+        b_bias = unpack(b_pairs, rooms[4].dtype, SCORES).to(gl.float32)
         b_x = gl.fma(b_bias, gl.full_like(b_s, LOG2_E), gl.zeros_like(b_s) - gl.expand_dims(b_level, 1))
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
         b_sum = gl.fma(b_p, b_dp - gl.expand_dims(b_delta, 1), b_sum)

@@ -15,7 +15,7 @@ from flashbias.operands import Operands
 
 from .backward import Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
-from .columns import MIN_WIDTH, GradientColumns, gradient_columns
+from .columns import GradientColumns, gradient_columns, gradient_width
 from .expansion import FACTORS, expanded, factor_gradients
 from .forward import combine_kernel, forward_kernel
 from .layout import reduce_to
@@ -193,10 +193,10 @@ def _key_side(
 def _teams(
     kind: str, query: Tensor, factor: Tensor | None, call: Call, statistics: dict[str, Any]
 ) -> plan.Tiles | None:
-    """The tiles with which teams make gradients; of a factor those of one slice of columns, from one half of dS."""
+    """The tiles with which teams make gradients; of a factor those of one slice of columns."""
     tiles = plan.teams(kind, query, call.sizes["n_k"], call.frame.traits)
-    columns = 0 if factor is None else plan.cdiv(factor.shape[-1], MIN_WIDTH) * MIN_WIDTH
-    if tiles is None or len(plan.slices(columns)) > 1 or _is_split(factor, query):
+    columns = 0 if factor is None else gradient_width(factor, query.dtype)
+    if tiles is None or len(plan.slices(columns)) > 1:
         return None
     return None if call.lie(statistics["d_out"]) is None else tiles
 
@@ -212,7 +212,8 @@ def _queries_by_teams(
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
-    if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, better):
+    split = _is_split(k_factor, query)
+    if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, split, better):
         return {}
     slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
     q_factor = None if side is None or columns is None else side.combine(columns)
@@ -229,7 +230,8 @@ def _keys_by_teams(
     side = _columns(q_factor, query, tiles)
     d_key, d_value = _per_head(query, key), _per_head(query, value)
     columns, block = _room_for_columns(query, key.shape[-2], side, call)
-    if not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block):
+    split = _is_split(q_factor, query)
+    if not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block, split):
         return {}
     k_factor = None if side is None or columns is None else side.combine(columns)
     return {"key": d_key, "value": d_value, "k_factor": k_factor}

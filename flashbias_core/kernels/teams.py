@@ -120,6 +120,12 @@ def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.convert_layout(gl.join(b_even, b_odd).reshape([b_pairs.shape[0], b_pairs.shape[1] * 2]), LAYOUT)
 
 
+@gluon.jit
+def lost(b_x, DTYPE: gl.constexpr):
+    """What half precision loses of numbers."""
+    return b_x - b_x.to(DTYPE).to(gl.float32)
+
+
 def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
     """The arguments that say what is read, queries, keys, values and columns by tiles, and how it is laid out."""
     frame, bias = call.frame, call.sizes["terms"]

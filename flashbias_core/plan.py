@@ -18,6 +18,8 @@ FEW = 16  # queries
 LOADER = 24  # registers of a warp that loads
 TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
 EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
+REGISTERS = 1 << 16  # of a processor
+ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
 PART = 512  # keys that a program gets at least where several share a tile's
 
 
@@ -95,9 +97,9 @@ class Tiles:
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
-    `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), LONG (`LONG` keys or
-    more), DENSE (a dense bias), TABLE (one by distance), ALLOWED (a boolean mask), POSITIONS (given ones, or ids of
-    segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
+    `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), DENSE (a dense bias),
+    LONG or, with one, LARGE (`LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS
+    (given ones, or ids of segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
@@ -162,6 +164,7 @@ TILES = {
         "keys pairs":         "32x64/4/3          32x128/8/3        32x64/8/2     16x16/8/1/64",
         "keys positions":     "32x64/4/3          32x128/8/3        32x64/8/2     32x32/8/1",
         "keys rank":          "32x64/4/3          32x64/8/2         16x16/8/1/64  16x16/8/1/64",
+        "values teams large": "64x64/4/3/16/96/4  64x64/4/2/16/96/4  64x64/4/2/16/128/2",
         "values teams":       "64x64/4/3/16/80/1  64x64/4/2/16/96/4  64x64/4/2/16/128/2",
         "values dense":       "64x64/4/3          128x64/8/2        64x64/8/2     16x16/8/1/64",
         "values":             "64x64/4/2          64x32/4/2         64x64/8/2     16x16/8/1/64",
@@ -234,6 +237,7 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
         "rank causal": wide and constants["CAUSAL"],
         "rank": wide,
         "causal": constants["CAUSAL"],
+        "large": constants["LARGE"],
         "dense": constants["DENSE"] and constants["BARE"] and rank == 0,
         "only table": constants["TABLE"] and not (rank or constants["DENSE"] or constants["ALLOWED"] or tied),
         "table ids": constants["TABLE"] and constants["POSITIONS"],
@@ -350,9 +354,17 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type != "cuda" or _capability(device) >= (9, 0)
 
 
-def splits(programs: int, members: int, device: torch.device, *, waves: int = 4, least: int = 1) -> int:
-    """Into how many parts, of `least` members, a sum is split, so that `programs` times as many fill the device."""
-    return max(1, min(members // least, cdiv(waves * _processors(device), programs)))
+def splits(programs: int, members: int, device: torch.device) -> int:
+    """Into how many parts a sum over `members` is split, so that `programs` times as many fill the device."""
+    return max(1, min(members, cdiv(4 * _processors(device), programs)))
+
+
+def values_splits(found: Tiles, programs: int, members: int, device: torch.device) -> int:
+    """Into how many parts teams split a sum over `members`: as few as keep nearly the whole device busy to the end."""
+    places = _processors(device) * max(REGISTERS // (128 * (found.teams + 1) * found.registers), 1)
+    most = max(1, min(members // MEMBERS, ROUNDS * places // programs))
+    rounds = [cdiv(parts * programs, places) / parts for parts in range(1, most + 1)]
+    return next(parts for parts, time in enumerate(rounds, 1) if time <= 1.02 * min(rounds))
 
 
 def key_splits(programs: int, n_k: int, device: torch.device) -> int:

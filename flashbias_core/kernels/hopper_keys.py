@@ -112,6 +112,7 @@ def compute(
         b_s, b_bias, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, DENSE, CAUSAL
     )
     b_dp = b_p * (b_dp - b_delta)
+    b_level, b_delta = load_statistics(level, delta, m_begin + BLOCK_M + o_m, n_q)
     b_ds = pack(b_dp, DTYPE)
     b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
@@ -126,7 +127,6 @@ def compute(
             if next_slot == STAGES:
                 next_slot = 0
                 next_phase = phase ^ 1
-            b_level, b_delta = load_statistics(level, delta, m_first + o_m, n_q)
             b_left = unpack(b_ds, DTYPE, LEFT)
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)
             if GRADIENT_RANK > 0:
@@ -148,6 +148,7 @@ def compute(
                 CAUSAL and part == 0,
             )  # fmt: skip
             b_dp = b_p * (b_dp - b_delta)
+            b_level, b_delta = load_statistics(level, delta, m_first + BLOCK_M + o_m, n_q)  # of the next tile
             keep_before(own_ready.index(i_team), BESIDE)
             if GRADIENT_RANK > 0:
                 b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])
@@ -183,7 +184,7 @@ def probabilities(
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), slope * o_n.to(gl.float32) + gl.zeros_like(b_s))
                       - gl.expand_dims(b_level, 0))  # fmt: skip
     elif DENSE:
-        b_x = gl.fma(b_bias.to(gl.float32), gl.full_like(b_s, LOG2_E), gl.zeros_like(b_s) - gl.expand_dims(b_level, 0))
+        b_x = b_bias.to(gl.float32) * LOG2_E - gl.expand_dims(b_level, 0)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
         b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 0))

@@ -50,7 +50,7 @@ def probabilities(
         b_x = gl.fma(b_s, gl.full_like(b_s, to_log2), slope * b_steps + gl.zeros_like(b_s))
         b_p = gl.exp2(b_x - gl.expand_dims(b_level - ahead, 1))
     elif DENSE:
-        b_x = gl.fma(b_bias.to(gl.float32), gl.full_like(b_s, LOG2_E), gl.zeros_like(b_s) - gl.expand_dims(b_level, 1))
+        b_x = b_bias.to(gl.float32) * LOG2_E - gl.expand_dims(b_level, 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
         b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 1))

@@ -26,11 +26,9 @@ from .teams import (
     launch,
     load_bias,
     matrix,
-    pack,
     read_by_tiles,
     rooms_for,
     start_copy,
-    unpack,
 )
 
 
@@ -71,6 +69,14 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
 
 
 @gluon.jit
+def load_statistics(level, delta, i_bh, o_m, n_q):
+    """Level and delta of a tile's queries; those beyond the last have no probabilities."""
+    p_row = i_bh.to(gl.int64) * n_q + o_m
+    b_level = gl.load(level + p_row, mask=o_m < n_q, other=float("inf"))
+    return b_level, gl.load(delta + p_row, mask=o_m < n_q, other=0.0)
+
+
+@gluon.jit
 def compute(
     i_team, rooms, ready, free, place, statistics, d_values, sizes, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 ):  # fmt: skip
@@ -89,13 +95,10 @@ def compute(
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_sum = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     mbarrier.wait(bias_ready.index(0), 0)
-    b_pairs = pack(load_bias(rooms[4], i_team, SCORES, False).to(gl.float32), rooms[4].dtype)
     slot = 0
     phase = 0
+    b_level, b_delta = load_statistics(level, delta, begin * n_planes + i_plane, o_m, n_q)
     for i_member in range(begin, end):
-        row = (i_member * n_planes + i_plane).to(gl.int64) * n_q
-        b_level = gl.load(level + row + o_m, mask=o_m < n_q, other=float("inf"))
-        b_delta = gl.load(delta + row + o_m, mask=o_m < n_q, other=0.0)
         mbarrier.wait(members_ready.index(slot), phase)
         b_k = matrix(rooms[2], slot * COLUMNS + i_column).permute((1, 0))
         b_v = matrix(rooms[3], slot * COLUMNS + i_column).permute((1, 0))
@@ -103,10 +106,12 @@ def compute(
         b_dp = warpgroup_mma(matrix(rooms[1], slot * ROWS + i_row), b_v, b_zero, use_acc=False, is_async=True)
         b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
         mbarrier.arrive(free.index(slot), count=1)
-        b_bias = unpack(b_pairs, rooms[4].dtype, SCORES).to(gl.float32)
-        b_x = gl.fma(b_bias, gl.full_like(b_s, LOG2_E), gl.zeros_like(b_s) - gl.expand_dims(b_level, 1))
+        b_bias = load_bias(rooms[4], i_team, SCORES, False).to(gl.float32)
+        b_x = b_bias * LOG2_E - gl.expand_dims(b_level, 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
         b_sum = gl.fma(b_p, b_dp - gl.expand_dims(b_delta, 1), b_sum)
+        i_next = gl.minimum(i_member + 1, end - 1)
+        b_level, b_delta = load_statistics(level, delta, i_next * n_planes + i_plane, o_m, n_q)
         slot += 1
         if slot == STAGES:
             slot = 0

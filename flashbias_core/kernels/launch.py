@@ -282,7 +282,7 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
         from . import hopper_values
 
         programs = plan.values_programs(teams, n_q, n_k) * own[-1]
-        splits = plan.splits(programs, math.prod(shared), query.device, waves=16, least=16)
+        splits = plan.values_splits(teams, programs, math.prod(shared), query.device)
         planes = query.new_empty((splits, own[-1], n_q, n_k), dtype=torch.float32)
         if hopper_values.backward(call, teams, statistics, planes):
             return planes.sum(0).reshape(values.shape)

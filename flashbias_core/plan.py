@@ -98,8 +98,8 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
     `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), DENSE (a dense bias),
-    LONG or, with one, LARGE (`LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS
-    (given ones, or ids of segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
+    LONG (without one, `LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS (given ones,
+    or ids of segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
@@ -164,7 +164,6 @@ TILES = {
         "keys pairs":         "32x64/4/3          32x128/8/3        32x64/8/2     16x16/8/1/64",
         "keys positions":     "32x64/4/3          32x128/8/3        32x64/8/2     32x32/8/1",
         "keys rank":          "32x64/4/3          32x64/8/2         16x16/8/1/64  16x16/8/1/64",
-        "values teams large": "64x64/4/3/16/96/4  64x64/4/2/16/96/4  64x64/4/2/16/128/2",
         "values teams":       "64x64/4/3/16/80/1  64x64/4/2/16/96/4  64x64/4/2/16/128/2",
         "values dense":       "64x64/4/3          128x64/8/2        64x64/8/2     16x16/8/1/64",
         "values":             "64x64/4/2          64x32/4/2         64x64/8/2     16x16/8/1/64",
@@ -237,7 +236,6 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
         "rank causal": wide and constants["CAUSAL"],
         "rank": wide,
         "causal": constants["CAUSAL"],
-        "large": constants["LARGE"],
         "dense": constants["DENSE"] and constants["BARE"] and rank == 0,
         "only table": constants["TABLE"] and not (rank or constants["DENSE"] or constants["ALLOWED"] or tied),
         "table ids": constants["TABLE"] and constants["POSITIONS"],

@@ -109,7 +109,6 @@ def _frame(
     }  # fmt: skip
     traits = {
         "LONG": n_k >= plan.LONG and "values" not in given,  # a dense bias takes registers too
-        "LARGE": n_k >= plan.LONG and "values" in given,
         "DENSE": "values" in given,
         "ALLOWED": "allowed" in given,
         "POSITIONS": "q_positions" in given or "q_ids" in given,

@@ -28,6 +28,7 @@ from .teams import (
     keep_before,
     launch,
     load_bias,
+    load_statistics,
     lost,
     matrix,
     pack,
@@ -38,14 +39,6 @@ from .teams import (
     slope_of,
     unpack,
 )
-
-
-@gluon.jit
-def load_statistics(level, delta, o_m, n_q):
-    """Level and delta of a tile's queries; those beyond the last have no probabilities."""
-    b_level = gl.load(level + o_m, mask=o_m < n_q, other=float("inf"))
-    b_delta = gl.load(delta + o_m, mask=o_m < n_q, other=0.0)
-    return b_level, gl.expand_dims(b_delta, 0)
 
 
 @gluon.jit
@@ -79,12 +72,10 @@ def compute(
 
     if DENSE:
         i_bh += i_team * n_heads
-        n_q = gl.where(i_bh < n_bh, n_q, 0)  # beyond the batch nothing is read or written
-        n_k = gl.where(i_bh < n_bh, n_k, 0)
+        n_k = gl.where(i_bh < n_bh, n_k, 0)  # beyond the batch nothing is written
+        i_bh = gl.minimum(i_bh, n_bh - 1)
     else:
         n_first += i_team * BLOCK_N
-    level += i_bh * n_q
-    delta += i_bh * n_q
     n_checked = 1
     if CAUSAL:  # tiles that the diagonal may cross
         n_checked = gl.maximum(gl.cdiv(gl.maximum(n_first + BLOCK_N - 1 - offset, 0) - m_begin, BLOCK_M), 1)
@@ -103,7 +94,7 @@ def compute(
 
     slot = 0
     phase = 0
-    b_level, b_delta = load_statistics(level, delta, m_begin + o_m, n_q)
+    b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_begin + o_m)
     mbarrier.wait(q_ready.index(0), 0)
     b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS, DENSE, TEAMS)
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
@@ -111,8 +102,7 @@ def compute(
     b_p = probabilities(
         b_s, b_bias, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, DENSE, CAUSAL
     )
-    b_dp = b_p * (b_dp - b_delta)
-    b_level, b_delta = load_statistics(level, delta, m_begin + BLOCK_M + o_m, n_q)
+    b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 0))
     b_ds = pack(b_dp, DTYPE)
     b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
@@ -127,6 +117,7 @@ def compute(
             if next_slot == STAGES:
                 next_slot = 0
                 next_phase = phase ^ 1
+            b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_first + o_m)
             b_left = unpack(b_ds, DTYPE, LEFT)
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)
             if GRADIENT_RANK > 0:
@@ -147,8 +138,7 @@ def compute(
                 b_s, b_bias, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, DENSE,
                 CAUSAL and part == 0,
             )  # fmt: skip
-            b_dp = b_p * (b_dp - b_delta)
-            b_level, b_delta = load_statistics(level, delta, m_first + BLOCK_M + o_m, n_q)  # of the next tile
+            b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 0))
             keep_before(own_ready.index(i_team), BESIDE)
             if GRADIENT_RANK > 0:
                 b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])

@@ -28,9 +28,11 @@ from .teams import (
     keep_before,
     launch,
     load_bias,
+    load_statistics,
     lost,
     matrix,
     pack,
+    pitch,
     program,
     read_by_tiles,
     room_of,
@@ -102,15 +104,17 @@ def compute(
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
 
+    n_written = n_q
     if DENSE:
         i_bh += i_team * n_heads
-        n_q = gl.where(i_bh < n_bh, n_q, 0)  # beyond the batch nothing is read or written
+        n_written = gl.where(i_bh < n_bh, n_q, 0)  # beyond the batch nothing
+        i_bh = gl.minimum(i_bh, n_bh - 1)
     else:
         m_first += i_team * BLOCK_M
     i_row = i_bh * n_q + m_first
     o_row = gl.arange(0, BLOCK_M, ROWS)
-    b_level = gl.load(level + i_row + o_row, mask=m_first + o_row < n_q, other=float("inf"))
-    b_delta = gl.load(delta + i_row + o_row, mask=m_first + o_row < n_q, other=0.0)
+    m_read = gl.minimum(m_first, pitch(n_q) - BLOCK_M)  # the last teams may have tiles behind all queries
+    b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_read + o_row)
     n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
     o_last = n_k - 1
     if CAUSAL:
@@ -211,14 +215,14 @@ def compute(
     if MEANS:
         b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[3], slot), b_means)
 
-    inside = m_first + o_row < n_q
+    inside = m_first + o_row < n_written
     # What the sum of a row's dS lacks. It is added: where the means, which products have made, were subtracted, ptxas
     # took them for the zeros that they had been before.
     b_lack = gl.zeros_like(b_excess) - b_excess
     if EXCESS:
         if D_LSE:
             b_lack += gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
-        gl.store(delta + i_row + o_row, b_delta - b_lack, mask=inside)
+        gl.store(delta + i_bh * pitch(n_q) + m_first + o_row, b_delta - b_lack, mask=inside)
     if D_SLOPES:
         gl.store(d_slopes + i_row + o_row, b_d_slopes + b_lack * b_mean_distance, mask=inside)
     if GRADIENT_RANK > 0:
@@ -227,11 +231,11 @@ def compute(
             b_d_columns += gl.expand_dims(b_lack, 1) * b_means
         o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, COLUMNS)), 1)
         o_r = gl.expand_dims(gl.arange(0, GRADIENT_RANK, gl.SliceLayout(0, COLUMNS)), 0)
-        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_q)
+        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_written)
     o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, QUERIES)), 1)
     o_c = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, QUERIES)), 0)
     b_d_query = (b_d_query * unit).to(d_query.dtype.element_ty)
-    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_q) & (o_c < C))
+    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_written) & (o_c < C))
 
 
 @gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])

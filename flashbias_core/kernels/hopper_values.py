@@ -25,6 +25,7 @@ from .teams import (
     inputs,
     launch,
     load_bias,
+    load_statistics,
     matrix,
     read_by_tiles,
     rooms_for,
@@ -69,14 +70,6 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
 
 
 @gluon.jit
-def load_statistics(level, delta, i_bh, o_m, n_q):
-    """Level and delta of a tile's queries; those beyond the last have no probabilities."""
-    p_row = i_bh.to(gl.int64) * n_q + o_m
-    b_level = gl.load(level + p_row, mask=o_m < n_q, other=float("inf"))
-    return b_level, gl.load(delta + p_row, mask=o_m < n_q, other=0.0)
-
-
-@gluon.jit
 def compute(
     i_team, rooms, ready, free, place, statistics, d_values, sizes, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 ):  # fmt: skip
@@ -97,8 +90,9 @@ def compute(
     mbarrier.wait(bias_ready.index(0), 0)
     slot = 0
     phase = 0
-    b_level, b_delta = load_statistics(level, delta, begin * n_planes + i_plane, o_m, n_q)
     for i_member in range(begin, end):
+        i_bh = (i_member * n_planes + i_plane).to(gl.int64)
+        b_level, b_delta = load_statistics(level, delta, i_bh, n_q, o_m)
         mbarrier.wait(members_ready.index(slot), phase)
         b_k = matrix(rooms[2], slot * COLUMNS + i_column).permute((1, 0))
         b_v = matrix(rooms[3], slot * COLUMNS + i_column).permute((1, 0))
@@ -110,8 +104,6 @@ def compute(
         b_x = b_bias * LOG2_E - gl.expand_dims(b_level, 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
         b_sum = gl.fma(b_p, b_dp - gl.expand_dims(b_delta, 1), b_sum)
-        i_next = gl.minimum(i_member + 1, end - 1)
-        b_level, b_delta = load_statistics(level, delta, i_next * n_planes + i_plane, o_m, n_q)
         slot += 1
         if slot == STAGES:
             slot = 0

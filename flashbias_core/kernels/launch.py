@@ -13,7 +13,7 @@ from flashbias import plan
 from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
 
-from .backward import Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .backward import PITCH, Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
 from .columns import GradientColumns, gradient_columns, gradient_width
 from .expansion import FACTORS, expanded, factor_gradients
@@ -88,10 +88,10 @@ def backward(
             gradients | factor_gradients(gradients.pop("values"), operands, names) if "values" in wanted else gradients
         )
     rows = query.shape[:-2].numel()
-    delta = torch.empty_like(lse)
-    low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None
+    pitch = plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
+    level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32)
+    low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
-    level = torch.empty_like(lse)
     better = low is not None or bool(names & {"slopes", "table"})
     # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
     better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
@@ -102,7 +102,7 @@ def backward(
         call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
         statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
         call.launch(
-            delta_kernel, (plan.cdiv(query.shape[-2], DELTA_ROWS) * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
+            delta_kernel, (pitch // DELTA_ROWS * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
             out=call.frame.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
             n_inner=call.frame.layout.inner, n_heads=query.shape[-3], unit=scale, C_V=out.shape[-1],
             WIDTH_V=call.frame.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
@@ -135,9 +135,8 @@ def _query_side(
     tiles = call.tiles("queries", query)
     side = _columns(factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
-    d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
-    delta = statistics["delta"]
-    d_far = Far(torch.empty_like(delta), torch.empty_like(delta)) if "table" in names else Far(None, None)
+    d_slopes = _per_row(query) if "slopes" in names else None
+    d_far = Far(_per_row(query), _per_row(query)) if "table" in names else Far(None, None)
     made: dict[str, Any] = {"d_query": d_query, "d_slopes": d_slopes, "d_far": d_far if "table" in names else None}
     parts = []
     for start, stop in _slices(side):
@@ -210,7 +209,7 @@ def _queries_by_teams(
 
     side = _columns(k_factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
+    d_slopes = _per_row(query) if "slopes" in names else None
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
     split = _is_split(k_factor, query)
     if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, split, better):
@@ -334,6 +333,11 @@ def _table_gradient(
     for place, rows in ((0, far[0]), (-1, far[1])):
         total[..., place] += reduce_to(rows, table.shape[:-1])
     return total
+
+
+def _per_row(query: Tensor) -> Tensor:
+    """Room for sums over the keys of each query, `(*batch, H, Nq)`."""
+    return query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 def _per_head(query: Tensor, tensor: Tensor) -> Tensor:

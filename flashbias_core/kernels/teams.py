@@ -17,12 +17,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashbias import plan
 
-from . import compiled, terms
+from . import backward, compiled, terms
 from .call import Call
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
 LOADER = gl.constexpr(plan.LOADER)
+PITCH = gl.constexpr(backward.PITCH.value)
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
 
 
@@ -32,6 +33,19 @@ def program(n_programs, n_heads, group):
     i_bh = gl.program_id(0) // n_programs
     i_h = i_bh % n_heads
     return gl.program_id(0) % n_programs, i_bh // n_heads, i_h, i_h // group
+
+
+@gluon.jit
+def pitch(n_q):
+    """As in `backward.py`."""
+    return gl.cdiv(n_q, PITCH) * PITCH
+
+
+@gluon.jit
+def load_statistics(level, delta, i_bh, n_q, o_m):
+    """Level and delta of a tile's queries, which behind the last have no probabilities."""
+    o_place = i_bh * pitch(n_q) + o_m
+    return gl.load(level + o_place), gl.load(delta + o_place)
 
 
 @gluon.jit

@@ -98,8 +98,8 @@ def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mappin
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
     `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), DENSE (a dense bias),
-    LONG (without one, `LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS (given ones,
-    or ids of segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
+    LONG (without one, `LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS (given
+    ones, or ids of segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
@@ -280,8 +280,8 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     found = select(f"{kind} teams", (9, 0), 2, constants)
     own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
     programs = team_programs(found, own, query.shape, constants)
-    # With gradients the host has a millisecond to do; those of a dense bias gain more.
-    least = TEAM_WORK if kind == "forward" or constants["DENSE"] else 8 * TEAM_WORK
+    # With gradients the host has a millisecond to do; those of a dense bias gain more, its forward pass less.
+    least = 2 * TEAM_WORK if constants["DENSE"] else TEAM_WORK if kind == "forward" else 8 * TEAM_WORK
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
 

@@ -104,7 +104,7 @@ def compute(
     )
     b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 0))
     b_ds = pack(b_dp, DTYPE)
-    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
+    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
     for part in gl.static_range(0 if CAUSAL else 1, 2):
         begin = 1 if part == 0 else n_checked
@@ -146,7 +146,7 @@ def compute(
                 b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
-            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
+            b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase

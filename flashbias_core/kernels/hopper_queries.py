@@ -151,7 +151,7 @@ def compute(
         b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
     )
     b_ds = pack(b_dp, DTYPE)
-    b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
+    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
 
     slot = 0
@@ -202,7 +202,7 @@ def compute(
                 b_d_query = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
-            b_low = pack(lost(b_dp, DTYPE), DTYPE) if SPLIT else b_ds
+            b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
             slot = next_slot
             phase = next_phase

@@ -135,9 +135,9 @@ def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def lost(b_x, DTYPE: gl.constexpr):
-    """What half precision loses of numbers."""
-    return b_x - b_x.to(DTYPE).to(gl.float32)
+def lost(b_x, b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """What numbers lose as half precision in pairs, in pairs too; one by one they are converted as slowly as exp2."""
+    return pack(b_x - unpack(b_pairs, DTYPE, LAYOUT).to(gl.float32), DTYPE)
 
 
 def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:

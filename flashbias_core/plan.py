@@ -64,7 +64,6 @@ class Tiles:
     registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
     teams: of warps, each with a tile of queries of its own, or of a row of the batch, beside one warp that loads
     (kernels/teams.py); or 0. Then `registers` are those of a thread on the average.
-    beside: 1 where exponentials of teams are kept beside products (`keep_before` in kernels/teams.py).
     """
 
     block_m: int
@@ -74,7 +73,6 @@ class Tiles:
     columns: int = 16
     registers: int = 0
     teams: int = 0
-    beside: int = 0
 
     def options(self) -> dict[str, Any]:
         """As a launch takes them."""
@@ -116,11 +114,11 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers / teams / beside, at
-# head dims up to 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the
-# traits in `select`. For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the
-# others nothing was measured: they are chosen to compile within the shared memory and, but for what
-# tests/core/test_compile.py names, without spills.
+# A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers / teams, at head dims
+# up to 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the traits in
+# `select`. For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the others
+# nothing was measured: they are chosen to compile within the shared memory and, but for what tests/core/test_compile.py
+# names, without spills.
 TILES = {
     "hopper": {
         "forward few pairs":  "16x64/4/3          16x64/4/3         16x64/4/2     16x16/4/2",
@@ -136,20 +134,20 @@ TILES = {
         "forward pairs":      "64x64/4/3          64x64/4/3         64x32/8/2     64x32/8/2",
         "forward positions":  "64x64/4/3          128x64/8/3        128x64/8/3    64x32/8/2",
         "forward rank":       "128x64/8/3         128x64/8/3        32x32/4/2     64x32/8/2",
-        "forward teams dense":        "64x64/4/2/16/80/2  64x64/4/2/16/80/1   64x64/4/2/16/168/2",
+        "forward teams dense":        "64x64/4/2/16/80/2  64x64/4/2/16/80/1    64x64/4/2/16/128/1",
         "forward teams rank causal":  "64x64/4/2/16/80/1  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
         "forward teams rank":         "64x64/4/2/16/80/2  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
         "forward teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
         "forward teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
-        "forward teams":      "64x64/4/2/16/80/2/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
-        "queries teams dense":  "64x64/4/3/16/80/1  64x64/4/2/16/128/1 64x32/4/2/16/168/2",
-        "queries teams slopes": "64x64/4/3/16/80/1  64x64/4/3/16/128/3 64x32/4/3/16/120/3",
-        "keys teams dense":     "32x64/4/3/16/80/1  64x64/4/2/16/128/1 32x64/4/2/16/168/2",
-        "queries teams":      "64x64/4/3/16/128/1 64x64/4/3/16/128/3 64x32/4/3/16/120/3",
-        "q_factor teams":     "64x64/4/3/16/128/1 64x64/4/3/16/128/3/1 64x32/4/3/16/128/1",
-        "keys teams factors": "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
-        "keys teams":         "64x64/4/2/16/128/1/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
-        "k_factor teams":     "64x64/4/2/16/128/1 64x64/4/3/16/128/1 32x64/4/3/16/128/1",
+        "forward teams":       "64x64/4/2/16/72/2  64x128/4/2/16/128/3 64x128/4/2/16/168/2",
+        "queries teams dense": "64x64/4/3/16/80/1  64x64/4/2/16/128/1 64x32/4/2/16/128/1",
+        "queries teams":       "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
+        "q_factor teams":      "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
+        "keys teams dense":    "32x64/4/3/16/80/1  64x64/4/2/16/128/1 32x64/4/2/16/128/1",
+        "keys teams factors":  "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "keys teams":          "64x64/4/2/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "k_factor teams":      "64x64/4/2/16/128/1 64x64/4/3/16/128/1 32x64/4/3/16/128/1",
+        "values teams":        "64x64/4/3/16/80/1  64x64/4/2/16/128/1 64x32/4/2/16/128/1",
         "queries":            "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2    32x32/8/1",
         "queries slopes":     "64x64/4/3/16/168   64x64/4/3         64x32/4/2     32x32/8/1",
         "queries dense":      "64x64/4/3          64x64/4/2         64x32/8/2     32x32/8/1",
@@ -164,7 +162,6 @@ TILES = {
         "keys pairs":         "32x64/4/3          32x128/8/3        32x64/8/2     16x16/8/1/64",
         "keys positions":     "32x64/4/3          32x128/8/3        32x64/8/2     32x32/8/1",
         "keys rank":          "32x64/4/3          32x64/8/2         16x16/8/1/64  16x16/8/1/64",
-        "values teams":       "64x64/4/3/16/80/1  64x64/4/2/16/96/4  64x64/4/2/16/128/2",
         "values dense":       "64x64/4/3          128x64/8/2        64x64/8/2     16x16/8/1/64",
         "values":             "64x64/4/2          64x32/4/2         64x64/8/2     16x16/8/1/64",
     },

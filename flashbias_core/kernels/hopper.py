@@ -26,7 +26,6 @@ from .teams import (
     barriers,
     batch_row,
     inputs,
-    keep_before,
     launch,
     load_bias,
     matrix,
@@ -149,7 +148,7 @@ def softmax(
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
     C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
-    DENSE: gl.constexpr, BESIDE: gl.constexpr, TEAMS: gl.constexpr,
+    DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: output and LSE of its tile of queries."""
     q_ready, k_ready, v_ready = ready
@@ -236,7 +235,6 @@ def compute(
                 o_last - n_first, unit, to_log2, SLOPES, DENSE, part == 0,
             )  # fmt: skip
             b_sum = b_sum * b_rescale + gl.sum(b_p, 1)
-            keep_before(q_ready.index(i_team), BESIDE)
             b_out = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(v_free.index(slot), count=1)
             b_pairs = pack(b_p, DTYPE)
@@ -263,7 +261,6 @@ def forward_teams_kernel(
     q, k, v, q_columns, k_columns, bias, slopes, out, lse, n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, FOLDED: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
-    BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column)."""
     CHUNKS: gl.constexpr = RANK // CHUNK
@@ -306,38 +303,38 @@ def forward_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     elif TEAMS == 3:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (compute, (3, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, BESIDE, TEAMS)),
+                       DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER])  # fmt: skip
 

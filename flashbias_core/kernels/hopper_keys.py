@@ -25,7 +25,6 @@ from .teams import (
     barriers,
     batch_row,
     inputs,
-    keep_before,
     launch,
     load_bias,
     load_statistics,
@@ -45,7 +44,7 @@ from .teams import (
 def compute(
     i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, BESIDE: gl.constexpr, TEAMS: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of keys and of their values."""
     own_ready, q_ready = ready
@@ -139,7 +138,6 @@ def compute(
                 CAUSAL and part == 0,
             )  # fmt: skip
             b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 0))
-            keep_before(own_ready.index(i_team), BESIDE)
             if GRADIENT_RANK > 0:
                 b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])
             else:
@@ -197,7 +195,6 @@ def keys_teams_kernel(
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
-    BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
     CHUNKS: gl.constexpr = RANK // CHUNK
@@ -236,27 +233,27 @@ def keys_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     False)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     False)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     False)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip

@@ -25,7 +25,6 @@ from .teams import (
     barriers,
     batch_row,
     inputs,
-    keep_before,
     launch,
     load_bias,
     load_statistics,
@@ -80,7 +79,7 @@ def compute(
     i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
-    D_LSE: gl.constexpr, DENSE: gl.constexpr, BESIDE: gl.constexpr, TEAMS: gl.constexpr,
+    D_LSE: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of queries."""
     own_ready, k_ready = ready
@@ -193,7 +192,6 @@ def compute(
             b_excess, b_d_slopes, b_mean_distance = add_rows(
                 b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
             )
-            keep_before(own_ready.index(i_team), BESIDE)
             if MEANS:
                 b_d_query, b_d_columns, b_means = warpgroup_mma_wait(0, [b_sums, b_column_sums, b_mean_sums])
             elif GRADIENT_RANK > 0:
@@ -247,7 +245,6 @@ def queries_teams_kernel(
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
-    BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, their factor columns and slopes; what is read but for vectors are tensor descriptors."""
     CHUNKS: gl.constexpr = RANK // CHUNK
@@ -286,27 +283,27 @@ def queries_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     True)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     True)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, BESIDE, TEAMS)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
                     True)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip

@@ -108,16 +108,6 @@ def load_bias(rooms, slot, LAYOUT: gl.constexpr, TURNED: gl.constexpr):
 
 
 @gluon.jit
-def keep_before(done, BESIDE: gl.constexpr):
-    """Where BESIDE, what stands above stays above what stands below; `done` is a barrier that is through.
-
-    ptxas waits for products first and takes exponentials afterwards, wherever they stand; but not beyond a branch.
-    """
-    if BESIDE:
-        mbarrier.wait(done, 0)
-
-
-@gluon.jit
 def pack(b_p, DTYPE: gl.constexpr):
     """Neighbours in half precision, as one integer: halves that a loop carries one by one take it 64 instructions."""
     b_even, b_odd = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
@@ -160,7 +150,6 @@ def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
         shape, strides = call.frame.planes  # one for each head, or for all: else the call is not `PLAIN`
         lie = [1, 1, *shape], [strides[0], strides[0], *strides]
         arguments["bias"] = descriptor(bias.matrix, lie, tiles.block_m, tiles.block_n)
-    arguments["BESIDE"] = tiles.beside == 1
     arguments["n_batch"] = call.frame.layout.outer * call.frame.layout.inner
     names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
     arguments |= {name: call.sizes[name] for name in names}

@@ -142,11 +142,10 @@ TEAMS = pairwise(
     [{"mask": "none"}, {"mask": "causal"}],
     base=Compilation(teams=True, dtype=torch.bfloat16),
 )  # fmt: skip
-SHARED = pairwise(
-    [{"c": c, "bias": "dense"} for c in (16, 64, 128)],
-    [{"dtype": torch.bfloat16}, {"dtype": torch.float16}],
-    base=Compilation(teams=True, broadcast="batch", batch=(8,)),
-)
+SHARED = [
+    Compilation("dense", c=c, dtype=dtype, teams=True, broadcast="batch", batch=(8,))
+    for c, dtype in ((16, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16))
+]
 
 
 def test_teams_fit_hopper() -> None:

@@ -286,7 +286,7 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
 def expands(query: torch.Tensor, n_k: int, q_factor: torch.Tensor, k_factor: torch.Tensor) -> bool:
     """Whether factors are multiplied out to a dense bias, which teams read: where all the batch shares it.
 
-    It is no larger than the keys are, so that memory grows as theirs does.
+    It is no larger than the queries are, so that memory grows as theirs does.
     """
     shared = all(factor.shape[:-3].numel() == 1 for factor in (q_factor, k_factor))
     batch, c = query.shape[:-3].numel(), query.shape[-1]

@@ -324,7 +324,6 @@ def forward_teams_kernel(
                        DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
-
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,

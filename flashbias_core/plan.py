@@ -147,7 +147,7 @@ TILES = {
         "keys teams factors":  "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
         "keys teams":          "64x64/4/2/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
         "k_factor teams":      "64x64/4/2/16/128/1 64x64/4/3/16/128/1 32x64/4/3/16/128/1",
-        "values teams":        "64x64/4/3/16/80/1  64x64/4/2/16/128/1 64x32/4/2/16/128/1",
+        "values teams":        "64x64/4/3/16/80/1  64x64/4/2/16/128/1",
         "queries":            "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2    32x32/8/1",
         "queries slopes":     "64x64/4/3/16/168   64x64/4/3         64x32/4/2     32x32/8/1",
         "queries dense":      "64x64/4/3          64x64/4/2         64x32/8/2     32x32/8/1",
@@ -270,7 +270,8 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     if not constants["PLAIN"] or not has_teams(query.device):
         return None
     rows, n_q = query.shape[:-2].numel(), query.shape[-2]
-    if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > 128:
+    widest = 64 if kind == "values" else 128  # beyond, the warp that loads for a bias' gradient spills registers
+    if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > widest:
         return None
     if not constants["FOLDED"] and (kind != "forward" or constants["RANK"] < 2 * constants["WIDTH"]):
         return None  # queries in two halves cost as many columns again

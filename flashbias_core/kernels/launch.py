@@ -82,11 +82,12 @@ def backward(
         return {name: torch.zeros_like(inputs[name]) for name in names}
     multiplied = expanded(query, key.shape[-2], operands)
     if multiplied is not None:
-        wanted = names - set(FACTORS) | ({"values"} if names & set(FACTORS) else set())
-        gradients = backward(grad_out, grad_lse, out, lse, query, key, value, multiplied, scale, wanted)
-        return (
-            gradients | factor_gradients(gradients.pop("values"), operands, names) if "values" in wanted else gradients
-        )
+        factors = names & set(FACTORS)
+        wanted = names - factors | ({"values"} if factors else set())
+        made = backward(grad_out, grad_lse, out, lse, query, key, value, multiplied, scale, wanted)
+        if factors:
+            made |= factor_gradients(made.pop("values"), operands, factors)
+        return made
     rows = query.shape[:-2].numel()
     pitch = plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
     level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32)

@@ -157,7 +157,7 @@ def test_teams_fit_hopper() -> None:
     assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
     served = {(report["case"], report["kernel"]) for report in reports}
     assert {case for case, kernel in served if kernel == "forward_teams_kernel"} == {*TEAMS, *SHARED}
-    assert {case for case, kernel in served if kernel == "values_teams_kernel"} == set(SHARED)
+    assert {case for case, kernel in served if kernel == "values_teams_kernel"} == set(SHARED[:2])
     for kernel in ("queries_teams_kernel", "keys_teams_kernel"):  # those that no power of two is the scale of are not
         assert len([case for case, name in served if name == kernel]) > len(TEAMS) / 2
 

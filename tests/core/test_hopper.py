@@ -130,7 +130,6 @@ SHARED = pairwise(
         {"batch": (2, 3), "n_q": 17, "n_k": 700, "c": 24},
         {"batch": (40,), "heads": 1, "n_q": 140, "n_k": 20, "c_v": 40},
         {"batch": (4,), "n_q": 193, "n_k": 270, "c": 64},
-        {"batch": (3,), "n_q": 65, "n_k": 270, "c": 128},
         {"batch": (1,), "heads": 4, "kv_heads": 2, "n_q": 130},
     ],
     [{"broadcast": broadcast} for broadcast in ("batch", "missing", "bare")],
@@ -145,6 +144,14 @@ def test_a_dense_bias_of_all_the_batch(case: Case, device: str, served: Served) 
     check(case, device)
     wanted = [f"{name}_teams_kernel" for name in ("forward", "queries", "keys", "values")]
     assert [name for name, _ in served] == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_dense_bias_beside_wide_heads(dtype: torch.dtype, device: str, served: Served) -> None:
+    """Its gradient comes by the general kernel."""
+    check(Case("dense", dtype=dtype, batch=(3,), n_q=65, n_k=270, c=128, broadcast="batch"), device)
+    assert [name for name, _ in served] == [f"{name}_teams_kernel" for name in ("forward", "queries", "keys")]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ LONG = 1024  # keys
 FEW = 16  # queries
 LOADER = 24  # registers of a warp that loads
 TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
+EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
+REGISTERS = 1 << 16  # of a processor
+ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
 PART = 512  # keys that a program gets at least where several share a tile's
 
 
@@ -59,8 +62,8 @@ class Tiles:
     columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
     badly over many warps: 64 columns can need fewer registers than 16.
     registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
-    teams: of warps, each with a tile of queries of its own, beside one warp that loads (kernels/hopper.py); or 0. Then
-    `registers` are those of a thread on the average.
+    teams: of warps, each with a tile of queries of its own, or of a row of the batch, beside one warp that loads
+    (kernels/teams.py); or 0. Then `registers` are those of a thread on the average.
     """
 
     block_m: int
@@ -92,9 +95,9 @@ class Tiles:
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
     """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
 
-    `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), LONG (`LONG` keys or
-    more), DENSE (a dense bias), TABLE (one by distance), ALLOWED (a boolean mask), POSITIONS (given ones, or ids of
-    segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
+    `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), DENSE (a dense bias),
+    LONG (without one, `LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS (given
+    ones, or ids of segments), SLOPES, and BARE (no slopes, and no mask but of lengths).
     """
     if device.type != "cuda":
         return Tiles(32, 32, 4, 1)
@@ -131,16 +134,20 @@ TILES = {
         "forward pairs":      "64x64/4/3          64x64/4/3         64x32/8/2     64x32/8/2",
         "forward positions":  "64x64/4/3          128x64/8/3        128x64/8/3    64x32/8/2",
         "forward rank":       "128x64/8/3         128x64/8/3        32x32/4/2     64x32/8/2",
+        "forward teams dense":        "64x64/4/2/16/80/2  64x64/4/2/16/80/1    64x64/4/2/16/128/1",
         "forward teams rank causal":  "64x64/4/2/16/80/1  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
         "forward teams rank":         "64x64/4/2/16/80/2  64x64/4/2/16/128/1   64x64/4/2/16/168/2",
         "forward teams causal":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
         "forward teams slopes":       "64x64/4/2/16/64/1  64x128/4/2/16/128/1  64x128/4/2/16/168/2",
-        "forward teams":      "64x64/4/2/16/64/1  64x128/4/2/16/128/3  64x128/4/2/16/168/2",
-        "queries teams":      "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
-        "q_factor teams":     "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
-        "keys teams factors": "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
-        "keys teams":         "64x64/4/3/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
-        "k_factor teams":     "64x64/4/3/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "forward teams":       "64x64/4/2/16/72/2  64x128/4/2/16/128/3 64x128/4/2/16/168/2",
+        "queries teams dense": "64x64/4/3/16/80/1  64x64/4/2/16/128/1 64x32/4/2/16/128/1",
+        "queries teams":       "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
+        "q_factor teams":      "64x64/4/3/16/128/1 64x64/4/3/16/128/1 64x32/4/3/16/128/1",
+        "keys teams dense":    "32x64/4/3/16/80/1  64x64/4/2/16/128/1 32x64/4/2/16/128/1",
+        "keys teams factors":  "32x64/4/3/16/64/1  64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "keys teams":          "64x64/4/2/16/128/1 64x64/4/2/16/128/1 32x64/4/3/16/128/1",
+        "k_factor teams":      "64x64/4/2/16/128/1 64x64/4/3/16/128/1 32x64/4/3/16/128/1",
+        "values teams":        "64x64/4/3/16/80/1  64x64/4/2/16/128/1",
         "queries":            "64x64/4/3/16/168   64x64/4/2/16/168  128x64/8/2    32x32/8/1",
         "queries slopes":     "64x64/4/3/16/168   64x64/4/3         64x32/4/2     32x32/8/1",
         "queries dense":      "64x64/4/3          64x64/4/2         64x32/8/2     32x32/8/1",
@@ -254,24 +261,55 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     """The tiles with which teams serve a call, or None where the general kernel does.
 
     `kind` is "forward" (`kernels/hopper.py`), "queries" or, where their factor has a gradient too, "q_factor"
-    (`kernels/hopper_queries.py`), "keys" or "k_factor" (`kernels/hopper_keys.py`).
+    (`kernels/hopper_queries.py`), "keys" or "k_factor" (`kernels/hopper_keys.py`), or "values"
+    (`kernels/hopper_values.py`).
 
     `constants` as for `tiles`, and PLAIN: no mask but the causal one, and of the bias' terms only factors and slopes by
-    order, all in tensors that can be copied tile by tile.
+    order, or else only a dense bias that all the batch shares, all in tensors that can be copied tile by tile.
     """
     if not constants["PLAIN"] or not has_teams(query.device):
         return None
     rows, n_q = query.shape[:-2].numel(), query.shape[-2]
-    if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > 128:
+    widest = 64 if kind == "values" else 128  # beyond, the warp that loads for a bias' gradient spills registers
+    if query.dtype.itemsize != 2 or max(constants["WIDTH"], constants["WIDTH_V"], constants["RANK"]) > widest:
         return None
     if not constants["FOLDED"] and (kind != "forward" or constants["RANK"] < 2 * constants["WIDTH"]):
         return None  # queries in two halves cost as many columns again
     found = select(f"{kind} teams", (9, 0), 2, constants)
     own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
-    programs = cdiv(own, found.teams) * rows
-    least = TEAM_WORK if kind == "forward" else 8 * TEAM_WORK  # with gradients the host has a millisecond to do
+    programs = team_programs(found, own, query.shape, constants)
+    # With gradients the host has a millisecond to do; those of a dense bias gain more, its forward pass less.
+    least = 2 * TEAM_WORK if constants["DENSE"] else TEAM_WORK if kind == "forward" else 8 * TEAM_WORK
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
+
+
+def expands(query: torch.Tensor, n_k: int, q_factor: torch.Tensor, k_factor: torch.Tensor) -> bool:
+    """Whether factors are multiplied out to a dense bias, which teams read: where all the batch shares it.
+
+    It is no larger than the queries are, so that memory grows as theirs does.
+    """
+    shared = all(factor.shape[:-3].numel() == 1 for factor in (q_factor, k_factor))
+    batch, c = query.shape[:-3].numel(), query.shape[-1]
+    fits = shared and n_k <= batch * c and q_factor.dtype == query.dtype
+    return fits and q_factor.shape[-1] >= EXPANDED_RANK and query.dtype.itemsize == 2 and has_teams(query.device)
+
+
+def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapping[str, Any]) -> int:
+    """Programs for so many tiles of own rows and `(*batch, H, ...)`.
+
+    The teams of one have neighbouring tiles, or, where there is a dense bias, the same tile of neighbouring batch rows.
+    """
+    heads, batch = shape[-3], shape[:-3].numel()
+    if constants["DENSE"]:
+        return n_tiles * heads * cdiv(batch, found.teams)
+    return cdiv(n_tiles, found.teams) * heads * batch
+
+
+def values_programs(found: Tiles, n_q: int, n_k: int) -> int:
+    """Programs for one plane of a dense bias' gradient, whose teams stand two by two."""
+    rows = min(found.teams, 2)
+    return cdiv(n_q, found.block_m * rows) * cdiv(n_k, found.block_n * (found.teams // rows))
 
 
 @cache
@@ -315,6 +353,14 @@ def has_descriptors(device: torch.device) -> bool:
 def splits(programs: int, members: int, device: torch.device) -> int:
     """Into how many parts a sum over `members` is split, so that `programs` times as many fill the device."""
     return max(1, min(members, cdiv(4 * _processors(device), programs)))
+
+
+def values_splits(found: Tiles, programs: int, members: int, device: torch.device) -> int:
+    """Into how many parts teams split a sum over `members`: as few as keep nearly the whole device busy to the end."""
+    places = _processors(device) * max(REGISTERS // (128 * (found.teams + 1) * found.registers), 1)
+    most = max(1, min(members // MEMBERS, ROUNDS * places // programs))
+    rounds = [cdiv(parts * programs, places) / parts for parts in range(1, most + 1)]
+    return next(parts for parts, time in enumerate(rounds, 1) if time <= 1.02 * min(rounds))
 
 
 def key_splits(programs: int, n_k: int, device: torch.device) -> int:

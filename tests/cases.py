@@ -178,9 +178,9 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
         query, key, value = (arrange(tensor, case.layout) for tensor in (query, key, value))
         return biased_attention(query, key, value, bias, return_lse=True, **options)
 
-    result = _run(attend, case, inputs, ours)
-    measure = _run(eager, case, inputs, inputs.leaves)
-    truth = _run(reference, case, inputs, {name: leaf.double() for name, leaf in inputs.leaves.items()})
+    result = run(attend, case, inputs, ours)
+    measure = run(eager, case, inputs, inputs.leaves)
+    truth = run(reference, case, inputs, {name: leaf.double() for name, leaf in inputs.leaves.items()})
     assert result["out"].dtype == case.dtype
     assert result["lse"].dtype == torch.float32
     for name, oracle in truth.items():
@@ -199,7 +199,7 @@ def arrange(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def _run(function: Callable[..., Any], case: Case, inputs: Inputs, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def run(function: Callable[..., Any], case: Case, inputs: Inputs, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
     bias = inputs.make_bias(leaves)
     out, lse = function(leaves["query"], leaves["key"], leaves["value"], bias, mask=inputs.mask, scale=case.scale)

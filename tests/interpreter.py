@@ -243,7 +243,7 @@ def _argument(given: Any) -> Any:
         return Pointer(torch.as_strided(given, (given.untyped_storage().nbytes() // given.itemsize,), (1,), 0),
                        given.storage_offset())  # fmt: skip
     if hasattr(given, "ptr"):
-        return types.SimpleNamespace(ptr=_argument(given.ptr), stride=given.stride)
+        return types.SimpleNamespace(**given._asdict() | {"ptr": _argument(given.ptr)})
     return given
 
 

@@ -39,15 +39,18 @@ from .terms import (
 NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
 
 
+PITCH = tl.constexpr(128)  # a row's statistics begin at multiples of it: no tile has more rows
+
+
 class Low(NamedTuple):
-    """What fp32 leaves of the level and of delta, `(batch-heads, Nq)` each."""
+    """What fp32 leaves of the level and of delta, in their shape."""
 
     level: Any
     delta: Any
 
 
 class Far(NamedTuple):
-    """Sums of a row's dS over the keys that lie before those near a table's distances, and behind, as Low's are."""
+    """Sums of a row's dS over the keys before those near a table's distances, and behind, `(*batch, H, Nq)` each."""
 
     before: Any
     behind: Any
@@ -60,33 +63,42 @@ def delta_kernel(
 ):  # fmt: skip
     """`delta_i = dO_i . O_i - dLSE_i`, and the level of a row, with which `probabilities` compares scores.
 
-    That is its LSE, over unit or times log2(e), but +inf where a row attends nowhere: its probabilities are 0 then.
+    That is its LSE, over unit or times log2(e), but +inf where a row attends nowhere, or there is none in a tile: its
+    probabilities are 0 then.
     """
     EXACT: tl.constexpr = out.ptr.dtype.element_ty == tl.float32
-    i_tile, i_bh, i_o, i_i, i_h, _ = program(tl.cdiv(n_q, BLOCK_M), n_inner, n_heads, 1)
+    i_tile, i_bh, i_o, i_i, i_h, _ = program(pitch(n_q) // BLOCK_M, n_inner, n_heads, 1)
     m_first = i_tile * BLOCK_M
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_out = load_rows(out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_delta = tl.sum(b_d_out.to(tl.float32) * b_out.to(tl.float32), 1)
     o_row = m_first + tl.arange(0, BLOCK_M)
-    b_lse = tl.load(lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    b_lse = tl.load(lse + i_bh * n_q + o_row, mask=o_row < n_q, other=float("-inf"))
     if d_lse is not None:
         b_delta -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
-    tl.store(delta + i_bh * n_q + o_row, b_delta, mask=o_row < n_q)
+    o_row += i_bh * pitch(n_q)
+    tl.store(delta + o_row, b_delta)
     b_level = tl.where(b_lse == float("-inf"), float("inf"), tl.div_rn(b_lse, unit) if EXACT else b_lse * LOG2_E)
-    tl.store(level + i_bh * n_q + o_row, b_level, mask=o_row < n_q)
+    tl.store(level + o_row, b_level)
+
+
+@triton.jit
+def pitch(n_q):
+    """How far the statistics of one row of `(*batch, H)` are from those of the next."""
+    return tl.cdiv(n_q, PITCH) * PITCH
 
 
 @triton.jit
 def load_statistics(level, delta, low, i_bh, o_row, n_q):
     """Level and delta of rows, and the low parts of both; rows beyond the last have no probabilities."""
-    b_level = tl.load(level + i_bh * n_q + o_row, mask=o_row < n_q, other=float("inf"))
-    b_delta = tl.load(delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+    o_place = i_bh * pitch(n_q) + o_row
+    b_level = tl.load(level + o_place, mask=o_row < n_q, other=float("inf"))
+    b_delta = tl.load(delta + o_place, mask=o_row < n_q, other=0.0)
     b_level_low = tl.zeros_like(b_level)
     b_delta_low = b_level_low
     if low is not None:
-        b_level_low = tl.load(low.level + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
-        b_delta_low = tl.load(low.delta + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
+        b_level_low = tl.load(low.level + o_place, mask=o_row < n_q, other=0.0)
+        b_delta_low = tl.load(low.delta + o_place, mask=o_row < n_q, other=0.0)
     return b_level, b_level_low, b_delta, b_delta_low
 
 
@@ -219,20 +231,21 @@ def queries_kernel(
                     # [M, N] @ [N, R]
                     b_mean_columns = add_product(b_mean_columns, b_p.to(b_columns.dtype), b_columns, PRECISION)
 
+    o_place = i_bh * pitch(n_q) + o_row
     b_share = tl.full([BLOCK_M], 1.0, tl.float32)
     if d_far is not None:
         b_behind, b_total_behind = b_excess - b_until, b_total - b_total_until
     if EXACT:
         b_share = tl.where(b_total > 0.0, tl.div_rn(1.0, b_total), 1.0)
         b_excess *= b_share
-        tl.store(low.level + i_bh * n_q + o_row, tl.div_rn(-tl.log(b_share), unit), mask=o_row < n_q)
+        tl.store(low.level + o_place, tl.div_rn(-tl.log(b_share), unit), mask=o_row < n_q)
     if EXCESS:
         if d_lse is not None:
             b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
         b_better = b_delta + b_excess
-        tl.store(delta + i_bh * n_q + o_row, b_better, mask=o_row < n_q)
+        tl.store(delta + o_place, b_better, mask=o_row < n_q)
         if EXACT:
-            tl.store(low.delta + i_bh * n_q + o_row, b_excess - (b_better - b_delta), mask=o_row < n_q)
+            tl.store(low.delta + o_place, b_excess - (b_better - b_delta), mask=o_row < n_q)
     p_row = i_bh * n_q + o_m
     if d_query is not None:
         o_c = tl.arange(0, WIDTH)[None, :]

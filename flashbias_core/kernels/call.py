@@ -124,6 +124,9 @@ def _frame(
     copied = [name for name in (*INPUTS, "q_columns", "k_columns") if name in lie]
     tensors = {name: described(lie[name], strides[name], layout) for name in copied}
     plain = set(given) <= {*INPUTS, "q_columns", "k_columns", "slopes"} and not symmetric
+    if planes is not None and set(given) == {*INPUTS, "values"} and traits["BARE"]:
+        known = given["values"][0]
+        plain = prod(known.shape[:-3]) == 1 and known.dtype.itemsize == 2
     traits["PLAIN"] = plain and None not in tensors.values()
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits)
 
@@ -188,7 +191,7 @@ def prepare(
         *[None if tensor is None else geometry(tensor) for tensor in tensors],
     )  # fmt: skip
     blocks: list[Any] = [
-        None if tensor is None else Block(tensor, strides) if strides else frame.layout.block(tensor, axes)
+        None if tensor is None else Block(tensor, *strides) if strides else frame.layout.block(tensor, axes)
         for tensor, strides, axes in zip(tensors, frame.strides, AXES.values(), strict=True)
     ]
     q, k, v = blocks[: len(INPUTS)]

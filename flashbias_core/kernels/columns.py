@@ -96,11 +96,19 @@ class GradientColumns:
         return total if self.size is None else total * self.size
 
 
+def gradient_width(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> int:
+    """How many columns `gradient_columns` makes: of an fp32 factor beside 16 bits two parts."""
+    return _rounded(_gradient_parts(factor, dtype) * factor.shape[-1], step)
+
+
+def _gradient_parts(factor: Tensor, dtype: torch.dtype) -> int:
+    return 1 if factor.dtype == dtype or dtype == torch.float32 else 2
+
+
 def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> GradientColumns:
     """The columns of `factor` beside scores whose gradient has `dtype`, padded to a multiple of `step`."""
     rank = factor.shape[-1]
-    parts = 1 if factor.dtype == dtype or dtype == torch.float32 else 2
-    columns = _rounded(parts * rank, step)
+    parts, columns = _gradient_parts(factor, dtype), gradient_width(factor, dtype, step)
     if rank == 0 or (columns == rank and factor.dtype == dtype):
         return GradientColumns(factor, rank, 1, None)
     factor = factor.contiguous()

@@ -24,11 +24,14 @@ from .teams import (
     LOG2_E,
     WARPS,
     barriers,
+    batch_row,
     inputs,
     launch,
+    load_bias,
     matrix,
     pack,
     program,
+    room_of,
     rooms_for,
     slope_of,
     start_copy,
@@ -37,18 +40,27 @@ from .teams import (
 
 
 @gluon.jit
-def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr, TEAMS: gl.constexpr):
+def load(
+    tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.constexpr, DENSE: gl.constexpr,
+    TEAMS: gl.constexpr,
+):  # fmt: skip
     """The warp that loads: queries for every team, then keys and values tile by tile, the last ones first."""
     q, k, v = tensors[0], tensors[1], tensors[2]
     q_ready, k_ready, v_ready = ready
     k_free, v_free = free
-    i_o, i_i, i_h, i_kv, m_first, n_tiles = place
-    STAGES: gl.constexpr = rooms[1].shape[0]
+    i_b, n_inner, i_h, i_kv, m_first, n_tiles = place
+    ROWS: gl.constexpr = TEAMS if DENSE else 1  # of the batch
+    STAGES: gl.constexpr = rooms[1].shape[0] // ROWS
     BLOCK_M: gl.constexpr = q.block_shape[3]
     BLOCK_N: gl.constexpr = k.block_shape[3]
     COLUMNS: gl.constexpr = q.block_shape[4] + RANK
+    i_o, i_i = batch_row(i_b, n_inner)
     for i_team in gl.static_range(TEAMS):
-        first = m_first + i_team * BLOCK_M
+        first = m_first
+        if DENSE:
+            i_o, i_i = batch_row(i_b + i_team, n_inner)
+        else:
+            first += i_team * BLOCK_M
         mbarrier.expect(q_ready.index(i_team), BLOCK_M * COLUMNS * 2)  # bytes
         start_copy(q, i_o, i_i, i_h, first, 0, q_ready.index(i_team), rooms[0].index(i_team))
         for i in gl.static_range(RANK // CHUNK):
@@ -59,14 +71,22 @@ def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.const
     for i_tile in range(n_tiles):
         first = (n_tiles - 1 - i_tile) * BLOCK_N
         mbarrier.wait(k_free.index(slot), phase)
-        mbarrier.expect(k_ready.index(slot), BLOCK_N * COLUMNS * 2)
-        start_copy(k, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[1].index(slot))
+        mbarrier.expect(k_ready.index(slot), (ROWS * BLOCK_N * COLUMNS + (BLOCK_M * BLOCK_N if DENSE else 0)) * 2)
+        if DENSE:
+            start_copy(tensors[3], 0, 0, i_h, m_first, first, k_ready.index(slot), rooms[3].index(slot))
+        for i in gl.static_range(ROWS):
+            if DENSE:
+                i_o, i_i = batch_row(i_b + i, n_inner)
+            start_copy(k, i_o, i_i, i_kv, first, 0, k_ready.index(slot), rooms[1].index(slot * ROWS + i))
         for i in gl.static_range(RANK // CHUNK):
             k_room = rooms[4].index(slot * (RANK // CHUNK) + i)
             start_copy(tensors[4], i_o, i_i, i_h, first, i * CHUNK, k_ready.index(slot), k_room)
         mbarrier.wait(v_free.index(slot), phase)
-        mbarrier.expect(v_ready.index(slot), BLOCK_N * v.block_shape[4] * 2)
-        start_copy(v, i_o, i_i, i_kv, first, 0, v_ready.index(slot), rooms[2].index(slot))
+        mbarrier.expect(v_ready.index(slot), ROWS * BLOCK_N * v.block_shape[4] * 2)
+        for i in gl.static_range(ROWS):
+            if DENSE:
+                i_o, i_i = batch_row(i_b + i, n_inner)
+            start_copy(v, i_o, i_i, i_kv, first, 0, v_ready.index(slot), rooms[2].index(slot * ROWS + i))
         slot += 1
         if slot == STAGES:
             slot = 0
@@ -74,9 +94,9 @@ def load(tensors, rooms, ready, free, place, RANK: gl.constexpr, CHUNK: gl.const
 
 
 @gluon.jit
-def start_scores(rooms, i_team, slot, b_zero, TEAMS: gl.constexpr, CHUNKS: gl.constexpr):
+def start_scores(rooms, i_team, slot, b_zero, TEAMS: gl.constexpr, CHUNKS: gl.constexpr, DENSE: gl.constexpr):
     """Start the products of a team's queries with a tile of keys, and of the factor columns."""
-    b_k = matrix(rooms[1], slot).permute((1, 0))
+    b_k = matrix(rooms[1], room_of(slot, i_team, TEAMS, DENSE)).permute((1, 0))
     b_s = warpgroup_mma(matrix(rooms[0], i_team), b_k, b_zero, use_acc=False, is_async=True)
     if rooms[0].shape[0] > TEAMS:
         b_s = warpgroup_mma(matrix(rooms[0], TEAMS + i_team), b_k, b_s, is_async=True)
@@ -101,18 +121,23 @@ def scale_queries(rooms, i_team, unit, TEAMS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(b_s, b_max, slope, ahead, b_steps, b_last, to_log2, SLOPES: gl.constexpr, CHECK: gl.constexpr):
+def softmax(
+    b_s, b_bias, b_max, slope, ahead, b_steps, b_last, unit, to_log2,
+    SLOPES: gl.constexpr, DENSE: gl.constexpr, CHECK: gl.constexpr,
+):  # fmt: skip
     """Weights of a tile, the new maximum of each row, and what sums over earlier tiles are to be multiplied by.
 
     `b_last` is how far into the tile a query attends: looked at where CHECK.
     """
+    if DENSE:
+        b_s = gl.fma(b_bias.to(gl.float32), gl.full_like(b_s, 1 / unit), b_s)
     if SLOPES:
         b_s = gl.fma(gl.full_like(b_s, slope), b_steps + gl.zeros_like(b_s), b_s)
     if CHECK:
         b_s = gl.where(b_steps <= b_last, b_s, float("-inf"))
     b_new = gl.maximum(b_max, gl.max(b_s, 1) + ahead)
     b_shift = b_new
-    if CHECK:
+    if CHECK or DENSE:
         b_shift = gl.where(b_new == float("-inf"), 0.0, b_new)
     b_rescale = gl.exp2((b_max - b_shift) * to_log2)
     b_p = gl.exp2(b_s * to_log2 - gl.expand_dims((b_shift - ahead) * to_log2, 1))
@@ -123,18 +148,18 @@ def softmax(b_s, b_max, slope, ahead, b_steps, b_last, to_log2, SLOPES: gl.const
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
     C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
-    TEAMS: gl.constexpr,
+    DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: output and LSE of its tile of queries."""
     q_ready, k_ready, v_ready = ready
     k_free, v_free = free
     i_bh, m_first, n_tiles, p_slope = place
     out, lse = made
-    n_q, n_k, offset, unit = sizes
+    n_q, n_k, n_heads, n_bh, offset, unit = sizes
     DTYPE: gl.constexpr = rooms[2].dtype
     BLOCK_M: gl.constexpr = rooms[0].shape[4]
     BLOCK_N: gl.constexpr = rooms[1].shape[4]
-    STAGES: gl.constexpr = rooms[1].shape[0]
+    STAGES: gl.constexpr = rooms[1].shape[0] // (TEAMS if DENSE else 1)
     WIDTH_V: gl.constexpr = rooms[2].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
@@ -146,7 +171,11 @@ def compute(
     if not FOLDED:  # columns are not over the unit: scores are as they are, over 1
         scale_queries(rooms, i_team, unit, TEAMS)
         unit = 1.0
-    m_first += i_team * BLOCK_M
+    if DENSE:
+        i_bh += i_team * n_heads
+        n_q = gl.where(i_bh < n_bh, n_q, 0)  # beyond the batch nothing is written
+    else:
+        m_first += i_team * BLOCK_M
     n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
     if CAUSAL:
         n_whole = gl.maximum(gl.minimum(n_k, m_first + offset + 1), 0) // BLOCK_N
@@ -169,11 +198,12 @@ def compute(
 
     n_first = (n_tiles - 1) * BLOCK_N
     mbarrier.wait(k_ready.index(0), 0)
-    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_zero, TEAMS, CHUNKS)])
+    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_zero, TEAMS, CHUNKS, DENSE)])
+    b_bias = load_bias(rooms[3], 0, SCORES, False) if DENSE else 0
     mbarrier.arrive(k_free.index(0), count=1)
     b_p, b_max, b_rescale = softmax(
-        b_s, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
-        o_last - n_first, to_log2, SLOPES, True,
+        b_s, b_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
+        o_last - n_first, unit, to_log2, SLOPES, DENSE, True,
     )  # fmt: skip
     b_sum = gl.sum(b_p, 1)
     b_pairs = pack(b_p, DTYPE)
@@ -193,14 +223,16 @@ def compute(
                 next_phase = phase ^ 1
             b_weights = unpack(b_pairs, DTYPE, WEIGHTS)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
-            b_next = start_scores(rooms, i_team, next_slot, b_zero, TEAMS, CHUNKS)
+            b_next = start_scores(rooms, i_team, next_slot, b_zero, TEAMS, CHUNKS, DENSE)
             mbarrier.wait(v_ready.index(slot), phase)
-            b_sums = warpgroup_mma(b_weights, matrix(rooms[2], slot), b_out, is_async=True)
+            b_v = matrix(rooms[2], room_of(slot, i_team, TEAMS, DENSE))
+            b_sums = warpgroup_mma(b_weights, b_v, b_out, is_async=True)
+            b_bias = load_bias(rooms[3], next_slot, SCORES, False) if DENSE else 0
             b_s = warpgroup_mma_wait(1, [b_next])
             mbarrier.arrive(k_free.index(next_slot), count=1)
             b_p, b_max, b_rescale = softmax(
-                b_s, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
-                o_last - n_first, to_log2, SLOPES, part == 0,
+                b_s, b_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
+                o_last - n_first, unit, to_log2, SLOPES, DENSE, part == 0,
             )  # fmt: skip
             b_sum = b_sum * b_rescale + gl.sum(b_p, 1)
             b_out = warpgroup_mma_wait(0, [b_sums])
@@ -210,7 +242,8 @@ def compute(
             slot = next_slot
             phase = next_phase
     mbarrier.wait(v_ready.index(slot), phase)
-    b_out = warpgroup_mma(unpack(b_pairs, DTYPE, WEIGHTS), matrix(rooms[2], slot), b_out)
+    b_v = matrix(rooms[2], room_of(slot, i_team, TEAMS, DENSE))
+    b_out = warpgroup_mma(unpack(b_pairs, DTYPE, WEIGHTS), b_v, b_out)
 
     b_lse = gl.where(b_sum == 0.0, float("-inf"), b_max * unit + gl.log(b_sum))
     if SLOPES:
@@ -223,20 +256,25 @@ def compute(
     gl.store(out + (i_bh * n_q + o_m) * C_V + o_c, b_out, mask=(o_m < n_q) & (o_c < C_V))
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
 def forward_teams_kernel(
-    q, k, v, q_columns, k_columns, slopes, out, lse, n_q, n_k, n_inner, n_heads, group, offset, unit,
+    q, k, v, q_columns, k_columns, bias, slopes, out, lse, n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, FOLDED: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Output and LSE. `q`, `k`, `v` and factor columns are tensor descriptors (outer, inner, head, row, column)."""
+    """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column)."""
     CHUNKS: gl.constexpr = RANK // CHUNK
-    n_programs = gl.cdiv(n_q, BLOCK_M * TEAMS)
-    i_program, i_bh, i_o, i_i, i_h, i_kv = program(n_programs, n_inner, n_heads, group)
-    m_first = (n_programs - 1 - i_program) * BLOCK_M * TEAMS  # the longest first, if causal
+    DENSE: gl.constexpr = bias is not None
+    SPAN: gl.constexpr = BLOCK_M if DENSE else BLOCK_M * TEAMS  # queries of a program
+    n_programs = gl.cdiv(n_q, SPAN)
+    i_program, i_b, i_h, i_kv = program(n_programs, n_heads, group)
+    if DENSE:
+        i_b *= TEAMS
+    i_o, i_i = batch_row(i_b, n_inner)
+    m_first = (n_programs - 1 - i_program) * SPAN  # the longest first, if causal
     n_end = n_k
     if CAUSAL:
-        n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
+        n_end = gl.minimum(n_k, m_first + SPAN + offset)
     n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros and -inf
 
     Q_ROOMS: gl.constexpr = TEAMS if FOLDED else 2 * TEAMS
@@ -246,40 +284,63 @@ def forward_teams_kernel(
             rooms_for(q, Q_ROOMS), rooms_for(k, STAGES), rooms_for(v, STAGES),
             rooms_for(q_columns, TEAMS * CHUNKS), rooms_for(k_columns, STAGES * CHUNKS),
         )  # fmt: skip
+    elif DENSE:
+        tensors = (q, k, v, bias)
+        rooms = (
+            rooms_for(q, Q_ROOMS), rooms_for(k, STAGES * TEAMS), rooms_for(v, STAGES * TEAMS), rooms_for(bias, STAGES),
+        )  # fmt: skip
     else:
         tensors = (q, k, v)
         rooms = (rooms_for(q, Q_ROOMS), rooms_for(k, STAGES), rooms_for(v, STAGES))
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
     free = (barriers(STAGES, TEAMS), barriers(STAGES, TEAMS))
     # Tuples that have a name lose what is constant in them.
-    what = (i_bh.to(gl.int64), m_first, n_tiles, slope_of(slopes, lse, i_o, i_i, i_h))
+    what = ((i_b * n_heads + i_h).to(gl.int64), m_first, n_tiles, slope_of(slopes, lse, i_o, i_i, i_h))
     made = (out, lse)
-    sizes = (n_q, n_k, offset, unit)
-    where = (i_o, i_i, i_h, i_kv, m_first, n_tiles)
+    sizes = (n_q, n_k, n_heads, n_batch * n_heads, offset, unit)
+    where = (i_b, n_inner, i_h, i_kv, m_first, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
-            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
+    elif TEAMS == 3:
+        gl.warp_specialize([
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
+        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
-            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
-            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS, TEAMS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, TEAMS)),
-        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
+            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (compute, (3, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
+                       DENSE, TEAMS)),
+            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
+        ], [WARPS, WARPS, WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
 def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
     """Write output and LSE of a call that `plan.teams` gives to this kernel."""
     constants = call.frame.constants
     arguments = inputs(call, tiles) | {name: constants[name] for name in ("C_V", "FOLDED")} | {"out": out, "lse": lse}
-    programs = plan.cdiv(out.shape[-2], tiles.block_m * tiles.teams) * out.shape[:-2].numel()
+    programs = plan.team_programs(tiles, plan.cdiv(out.shape[-2], tiles.block_m), out.shape, call.frame.traits)
     launch(forward_teams_kernel, call, tiles, programs, arguments, (out, lse))

@@ -23,12 +23,17 @@ from .teams import (
     LOG2_E,
     WARPS,
     barriers,
+    batch_row,
     inputs,
     launch,
+    load_bias,
+    load_statistics,
+    lost,
     matrix,
     pack,
     program,
     read_by_tiles,
+    room_of,
     rooms_for,
     slope_of,
     unpack,
@@ -36,31 +41,23 @@ from .teams import (
 
 
 @gluon.jit
-def load_statistics(level, delta, o_m, n_q):
-    """Level and delta of a tile's queries; those beyond the last have no probabilities."""
-    b_level = gl.load(level + o_m, mask=o_m < n_q, other=float("inf"))
-    b_delta = gl.load(delta + o_m, mask=o_m < n_q, other=0.0)
-    return b_level, gl.expand_dims(b_delta, 0)
-
-
-@gluon.jit
 def compute(
     i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of keys and of their values."""
     own_ready, q_ready = ready
     i_bh, n_first, m_begin, n_tiles, p_slope = place
     d_key, d_value, d_columns = made
     level, delta = statistics
-    n_q, n_k, offset, unit = sizes
+    n_q, n_k, n_heads, n_bh, offset, unit = sizes
     DTYPE: gl.constexpr = rooms[0].dtype
     BLOCK_M: gl.constexpr = rooms[0].shape[4]
     BLOCK_N: gl.constexpr = own_rooms[0].shape[4]
-    STAGES: gl.constexpr = rooms[0].shape[0]
+    STAGES: gl.constexpr = rooms[0].shape[0] // (TEAMS if DENSE else 1)
     # Products of the tile before, which are under way when scores are there.
-    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0)
+    UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     WIDTH_V: gl.constexpr = rooms[1].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -72,9 +69,12 @@ def compute(
     COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
 
-    n_first += i_team * BLOCK_N
-    level += i_bh * n_q
-    delta += i_bh * n_q
+    if DENSE:
+        i_bh += i_team * n_heads
+        n_k = gl.where(i_bh < n_bh, n_k, 0)  # beyond the batch nothing is written
+        i_bh = gl.minimum(i_bh, n_bh - 1)
+    else:
+        n_first += i_team * BLOCK_N
     n_checked = 1
     if CAUSAL:  # tiles that the diagonal may cross
         n_checked = gl.maximum(gl.cdiv(gl.maximum(n_first + BLOCK_N - 1 - offset, 0) - m_begin, BLOCK_M), 1)
@@ -93,13 +93,17 @@ def compute(
 
     slot = 0
     phase = 0
-    b_level, b_delta = load_statistics(level, delta, m_begin + o_m, n_q)
+    b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_begin + o_m)
     mbarrier.wait(q_ready.index(0), 0)
-    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS)
+    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS, DENSE, TEAMS)
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
-    b_p = probabilities(b_s, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, CAUSAL)
-    b_dp = b_p * (b_dp - b_delta)
+    b_bias = load_bias(rooms[2], 0, SCORES, True) if DENSE else 0
+    b_p = probabilities(
+        b_s, b_bias, b_level, slope, o_n, o_m, n_first - m_begin - offset, to_log2, SLOPES, DENSE, CAUSAL
+    )
+    b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 0))
     b_ds = pack(b_dp, DTYPE)
+    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE)
     for part in gl.static_range(0 if CAUSAL else 1, 2):
         begin = 1 if part == 0 else n_checked
@@ -112,36 +116,46 @@ def compute(
             if next_slot == STAGES:
                 next_slot = 0
                 next_phase = phase ^ 1
-            b_level, b_delta = load_statistics(level, delta, m_first + o_m, n_q)
+            b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_first + o_m)
             b_left = unpack(b_ds, DTYPE, LEFT)
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
+                b_left_low = unpack(b_low, DTYPE, LEFT_C)
             mbarrier.wait(q_ready.index(next_slot), next_phase)
-            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS)
-            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[1], slot), b_d_value, is_async=True)
-            b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_key, is_async=True)
+            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS, DENSE, TEAMS)
+            room = room_of(slot, i_team, TEAMS, DENSE)
+            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[1], room), b_d_value, is_async=True)
+            b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], room), b_d_key, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
+                if SPLIT:
+                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[3], slot), b_column_sums, is_async=True)
+            b_bias = load_bias(rooms[2], next_slot, SCORES, True) if DENSE else 0
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_p = probabilities(
-                b_s, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, CAUSAL and part == 0
-            )
-            b_dp = b_p * (b_dp - b_delta)
+                b_s, b_bias, b_level, slope, o_n, o_m, n_first - m_first - offset, to_log2, SLOPES, DENSE,
+                CAUSAL and part == 0,
+            )  # fmt: skip
+            b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 0))
             if GRADIENT_RANK > 0:
                 b_d_value, b_d_key, b_d_columns = warpgroup_mma_wait(0, [b_value_sums, b_key_sums, b_column_sums])
             else:
                 b_d_value, b_d_key = warpgroup_mma_wait(0, [b_value_sums, b_key_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
+            b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase
-    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[1], slot), b_d_value)
-    b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_key)
+    room = room_of(slot, i_team, TEAMS, DENSE)
+    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[1], room), b_d_value)
+    b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], room), b_d_key)
 
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
+        if SPLIT:
+            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
         store(d_columns, b_d_columns, i_bh * n_k, n_first, n_k, GRADIENT_RANK, COLUMNS)
     store(d_key, b_d_key * unit, i_bh * n_k, n_first, n_k, C, KEYS)
     store(d_value, b_d_value, i_bh * n_k, n_first, n_k, C_V, VALUES)
@@ -149,13 +163,17 @@ def compute(
 
 @gluon.jit
 def probabilities(
-    b_s, b_level, slope, o_n, o_m, distance, to_log2, SLOPES: gl.constexpr, CHECK: gl.constexpr
+    b_s, b_bias, b_level, slope, o_n, o_m, distance, to_log2,
+    SLOPES: gl.constexpr, DENSE: gl.constexpr, CHECK: gl.constexpr,
 ):  # fmt: skip
     """`exp(unit * s - LSE)` of a tile, keys by queries; `distance` is that of its first query to its first key."""
     if SLOPES:
         b_level -= slope * (distance - o_m).to(gl.float32)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), slope * o_n.to(gl.float32) + gl.zeros_like(b_s))
                       - gl.expand_dims(b_level, 0))  # fmt: skip
+    elif DENSE:
+        b_x = b_bias.to(gl.float32) * LOG2_E - gl.expand_dims(b_level, 0)
+        b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
         b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 0))
     if CHECK:
@@ -170,26 +188,34 @@ def store(out, b_x, row, first, n_rows, COLUMNS: gl.constexpr, LAYOUT: gl.conste
     gl.store(out + (row + o_n) * COLUMNS + o_c, b_x.to(out.dtype.element_ty), mask=(o_n < n_rows) & (o_c < COLUMNS))
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
 def keys_teams_kernel(
-    q, k, v, d_out, q_columns, k_columns, gradient_columns, slopes, level, delta, d_key, d_value, d_columns,
-    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_key, d_value, d_columns,
+    n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
     CHUNKS: gl.constexpr = RANK // CHUNK
-    n_programs = gl.cdiv(n_k, BLOCK_N * TEAMS)
-    i_program, i_bh, i_o, i_i, i_h, i_kv = program(n_programs, n_inner, n_heads, group)
-    n_first = i_program * BLOCK_N * TEAMS
+    DENSE: gl.constexpr = bias is not None
+    SPAN: gl.constexpr = BLOCK_N if DENSE else BLOCK_N * TEAMS  # keys of a program
+    n_programs = gl.cdiv(n_k, SPAN)
+    i_program, i_b, i_h, i_kv = program(n_programs, n_heads, group)
+    if DENSE:
+        i_b *= TEAMS
+    i_o, i_i = batch_row(i_b, n_inner)
+    n_first = i_program * SPAN
     m_begin = 0
     if CAUSAL:  # where nobody attends to these keys, the last tile still makes zeros
         m_begin = gl.minimum(gl.maximum(n_first - offset, 0) // BLOCK_M, gl.cdiv(n_q, BLOCK_M) - 1) * BLOCK_M
     n_tiles = gl.cdiv(n_q - m_begin, BLOCK_M)
 
     own, own_rooms = (k, v), (rooms_for(k, TEAMS), rooms_for(v, TEAMS))
-    passing, rooms = (q, d_out), (rooms_for(q, STAGES), rooms_for(d_out, STAGES))
+    ROWS: gl.constexpr = STAGES * (TEAMS if DENSE else 1)
+    passing, rooms = (q, d_out), (rooms_for(q, ROWS), rooms_for(d_out, ROWS))
+    if DENSE:
+        passing, rooms = passing + (bias,), rooms + (rooms_for(bias, STAGES),)
     if RANK > 0:
         own, own_rooms = own + (k_columns,), own_rooms + (rooms_for(k_columns, TEAMS * CHUNKS),)
         passing, rooms = passing + (q_columns,), rooms + (rooms_for(q_columns, STAGES * CHUNKS),)
@@ -198,31 +224,44 @@ def keys_teams_kernel(
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
     free = barriers(STAGES, TEAMS)
     # Tuples that have a name lose what is constant in them.
-    what = (i_bh.to(gl.int64), n_first, m_begin, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
+    what = ((i_b * n_heads + i_h).to(gl.int64), n_first, m_begin, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
     made = (d_key, d_value, d_columns)
     rows = (level, delta)
-    sizes = (n_q, n_k, offset, unit)
-    where = (i_o, i_i, i_h, i_kv, i_h, n_first, m_begin, n_tiles)
+    sizes = (n_q, n_k, n_heads, n_batch * n_heads, offset, unit)
+    where = (i_b, n_inner, i_h, i_kv, i_h, n_first, m_begin, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, False)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
+                    False)),
         ], [1], [LOADER])  # fmt: skip
+    elif TEAMS == 2:
+        gl.warp_specialize([
+            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
+            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
+                    False)),
+        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK)),
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, False)),
-        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
+            (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
+                    False)),
+        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
 def backward(
     call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor, d_columns: Tensor | None,
-    gradient_columns: terms.Block | None,
+    gradient_columns: terms.Block | None, split: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of keys, values and factor columns of a call that `plan.teams` gives to this kernel.
 
@@ -236,7 +275,7 @@ def backward(
     arguments = inputs(call, tiles) | read | {name: constants[name] for name in ("C", "C_V")}
     made = (level, delta, d_key, d_value, d_key if d_columns is None else d_columns)
     arguments |= dict(zip(("level", "delta", "d_key", "d_value", "d_columns"), made, strict=True))
-    arguments["GRADIENT_RANK"] = rank
-    programs = plan.cdiv(d_key.shape[-2], tiles.block_n * tiles.teams) * d_key.shape[:-2].numel()
-    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank))
+    arguments |= {"GRADIENT_RANK": rank, "SPLIT": split}
+    programs = plan.team_programs(tiles, plan.cdiv(d_key.shape[-2], tiles.block_n), d_key.shape, call.frame.traits)
+    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank, split))
     return True

@@ -23,12 +23,18 @@ from .teams import (
     LOG2_E,
     WARPS,
     barriers,
+    batch_row,
     inputs,
     launch,
+    load_bias,
+    load_statistics,
+    lost,
     matrix,
     pack,
+    pitch,
     program,
     read_by_tiles,
+    room_of,
     rooms_for,
     slope_of,
     unpack,
@@ -37,12 +43,16 @@ from .teams import (
 
 @gluon.jit
 def probabilities(
-    b_s, b_level, slope, ahead, b_steps, n_first, o_last, to_log2, SLOPES: gl.constexpr, CHECK: gl.constexpr
-):
+    b_s, b_bias, b_level, slope, ahead, b_steps, n_first, o_last, to_log2,
+    SLOPES: gl.constexpr, DENSE: gl.constexpr, CHECK: gl.constexpr,
+):  # fmt: skip
     """`exp(unit * s - LSE)` of a tile; `ahead` is slope times the distance of each query to the tile's first key."""
     if SLOPES:
         b_x = gl.fma(b_s, gl.full_like(b_s, to_log2), slope * b_steps + gl.zeros_like(b_s))
         b_p = gl.exp2(b_x - gl.expand_dims(b_level - ahead, 1))
+    elif DENSE:
+        b_x = b_bias.to(gl.float32) * LOG2_E - gl.expand_dims(b_level, 1)
+        b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
         b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 1))
     if CHECK:
@@ -68,22 +78,22 @@ def add_rows(
 def compute(
     i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
-    D_LSE: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    D_LSE: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: the gradients of its tile of queries."""
     own_ready, k_ready = ready
     i_bh, m_first, n_tiles, p_slope = place
     d_query, d_columns, d_slopes = made
     level, delta, d_lse = statistics
-    n_q, n_k, offset, unit = sizes
+    n_q, n_k, n_heads, n_bh, offset, unit = sizes
     DTYPE: gl.constexpr = own_rooms[0].dtype
     BLOCK_M: gl.constexpr = own_rooms[0].shape[4]
     BLOCK_N: gl.constexpr = rooms[0].shape[4]
-    STAGES: gl.constexpr = rooms[0].shape[0]
+    STAGES: gl.constexpr = rooms[0].shape[0] // (TEAMS if DENSE else 1)
     MEANS: gl.constexpr = EXCESS and GRADIENT_RANK > 0
     # Products of the tile before, which are under way when scores are there.
-    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if MEANS else 0)
+    UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0) + (1 if MEANS else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     QUERIES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
@@ -93,11 +103,17 @@ def compute(
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
 
-    m_first += i_team * BLOCK_M
+    n_written = n_q
+    if DENSE:
+        i_bh += i_team * n_heads
+        n_written = gl.where(i_bh < n_bh, n_q, 0)  # beyond the batch nothing
+        i_bh = gl.minimum(i_bh, n_bh - 1)
+    else:
+        m_first += i_team * BLOCK_M
     i_row = i_bh * n_q + m_first
     o_row = gl.arange(0, BLOCK_M, ROWS)
-    b_level = gl.load(level + i_row + o_row, mask=m_first + o_row < n_q, other=float("inf"))
-    b_delta = gl.load(delta + i_row + o_row, mask=m_first + o_row < n_q, other=0.0)
+    m_read = gl.minimum(m_first, pitch(n_q) - BLOCK_M)  # the last teams may have tiles behind all queries
+    b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_read + o_row)
     n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
     o_last = n_k - 1
     if CAUSAL:
@@ -122,15 +138,19 @@ def compute(
 
     n_first = (n_tiles - 1) * BLOCK_N
     mbarrier.wait(k_ready.index(0), 0)
-    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS)
+    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS, DENSE, TEAMS)
+    b_bias = load_bias(rooms[2], 0, SCORES, False) if DENSE else 0
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
     b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
-    b_p = probabilities(b_s, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, True)
+    b_p = probabilities(
+        b_s, b_bias, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, DENSE, True
+    )
     b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
     b_excess, b_d_slopes, b_mean_distance = add_rows(
         b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
     )
     b_ds = pack(b_dp, DTYPE)
+    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
     b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
 
     slot = 0
@@ -149,19 +169,25 @@ def compute(
             b_left = unpack(b_ds, DTYPE, LEFT)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
+                b_left_low = unpack(b_low, DTYPE, LEFT_C)
                 b_weights = unpack(b_pairs, DTYPE, LEFT_C)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
-            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS)
-            b_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_query, is_async=True)
+            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS, DENSE, TEAMS)
+            b_k = matrix(rooms[0], room_of(slot, i_team, TEAMS, DENSE))
+            b_sums = warpgroup_mma(b_left, b_k, b_d_query, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
+                if SPLIT:
+                    b_column_sums = warpgroup_mma(b_left_low, matrix(rooms[3], slot), b_column_sums, is_async=True)
             if MEANS:
                 b_mean_sums = warpgroup_mma(b_weights, matrix(rooms[3], slot), b_means, is_async=True)
+            b_bias = load_bias(rooms[2], next_slot, SCORES, False) if DENSE else 0
             b_s, b_dp = warpgroup_mma_wait(UNDER_WAY, [b_next, b_next_dp])
             b_first = (n_first - m_first - offset - o_row).to(gl.float32)
             b_p = probabilities(
-                b_s, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, part == 0
-            )
+                b_s, b_bias, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, DENSE,
+                part == 0,
+            )  # fmt: skip
             b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
             b_excess, b_d_slopes, b_mean_distance = add_rows(
                 b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
@@ -174,56 +200,72 @@ def compute(
                 b_d_query = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(free.index(slot), count=1)
             b_ds = pack(b_dp, DTYPE)
+            b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
             b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
             slot = next_slot
             phase = next_phase
-    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_query)
+    b_k = matrix(rooms[0], room_of(slot, i_team, TEAMS, DENSE))
+    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), b_k, b_d_query)
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
+        if SPLIT:
+            b_d_columns = warpgroup_mma(unpack(b_low, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
     if MEANS:
         b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[3], slot), b_means)
 
-    inside = m_first + o_row < n_q
+    inside = m_first + o_row < n_written
+    # What the sum of a row's dS lacks. It is added: where the means, which products have made, were subtracted, ptxas
+    # took them for the zeros that they had been before.
+    b_lack = gl.zeros_like(b_excess) - b_excess
     if EXCESS:
         if D_LSE:
-            b_excess -= gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
-        gl.store(delta + i_row + o_row, b_delta + b_excess, mask=inside)
+            b_lack += gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
+        gl.store(delta + i_bh * pitch(n_q) + m_first + o_row, b_delta - b_lack, mask=inside)
     if D_SLOPES:
-        gl.store(d_slopes + i_row + o_row, b_d_slopes - b_excess * b_mean_distance, mask=inside)
+        gl.store(d_slopes + i_row + o_row, b_d_slopes + b_lack * b_mean_distance, mask=inside)
     if GRADIENT_RANK > 0:
         if MEANS:
-            b_off = gl.convert_layout(b_excess, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
-            b_d_columns -= gl.expand_dims(b_off, 1) * b_means
+            b_lack = gl.convert_layout(b_lack, gl.SliceLayout(1, COLUMNS), assert_trivial=True)
+            b_d_columns += gl.expand_dims(b_lack, 1) * b_means
         o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, COLUMNS)), 1)
         o_r = gl.expand_dims(gl.arange(0, GRADIENT_RANK, gl.SliceLayout(0, COLUMNS)), 0)
-        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_q)
+        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_written)
     o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, QUERIES)), 1)
     o_c = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, QUERIES)), 0)
     b_d_query = (b_d_query * unit).to(d_query.dtype.element_ty)
-    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_q) & (o_c < C))
+    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_written) & (o_c < C))
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
 def queries_teams_kernel(
-    q, k, v, d_out, q_columns, k_columns, gradient_columns, slopes, level, delta, d_lse, d_query, d_columns, d_slopes,
-    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_lse,
+    d_query, d_columns, d_slopes,
+    n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, their factor columns and slopes; what is read but for vectors are tensor descriptors."""
     CHUNKS: gl.constexpr = RANK // CHUNK
-    n_programs = gl.cdiv(n_q, BLOCK_M * TEAMS)
-    i_program, i_bh, i_o, i_i, i_h, i_kv = program(n_programs, n_inner, n_heads, group)
-    m_first = (n_programs - 1 - i_program) * BLOCK_M * TEAMS  # the longest first, if causal
+    DENSE: gl.constexpr = bias is not None
+    SPAN: gl.constexpr = BLOCK_M if DENSE else BLOCK_M * TEAMS  # queries of a program
+    n_programs = gl.cdiv(n_q, SPAN)
+    i_program, i_b, i_h, i_kv = program(n_programs, n_heads, group)
+    if DENSE:
+        i_b *= TEAMS
+    i_o, i_i = batch_row(i_b, n_inner)
+    m_first = (n_programs - 1 - i_program) * SPAN  # the longest first, if causal
     n_end = n_k
     if CAUSAL:
-        n_end = gl.minimum(n_k, m_first + BLOCK_M * TEAMS + offset)
+        n_end = gl.minimum(n_k, m_first + SPAN + offset)
     n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros
 
     own, own_rooms = (q, d_out), (rooms_for(q, TEAMS), rooms_for(d_out, TEAMS))
-    passing, rooms = (k, v), (rooms_for(k, STAGES), rooms_for(v, STAGES))
+    ROWS: gl.constexpr = STAGES * (TEAMS if DENSE else 1)
+    passing, rooms = (k, v), (rooms_for(k, ROWS), rooms_for(v, ROWS))
+    if DENSE:
+        passing, rooms = passing + (bias,), rooms + (rooms_for(bias, STAGES),)
     if RANK > 0:
         own, own_rooms = own + (q_columns,), own_rooms + (rooms_for(q_columns, TEAMS * CHUNKS),)
         passing, rooms = passing + (k_columns,), rooms + (rooms_for(k_columns, STAGES * CHUNKS),)
@@ -232,31 +274,44 @@ def queries_teams_kernel(
     ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
     free = barriers(STAGES, TEAMS)
     # Tuples that have a name lose what is constant in them.
-    what = (i_bh.to(gl.int64), m_first, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
+    what = ((i_b * n_heads + i_h).to(gl.int64), m_first, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
     made = (d_query, d_columns, d_slopes)
     rows = (level, delta, d_lse)
-    sizes = (n_q, n_k, offset, unit)
-    where = (i_o, i_i, i_h, i_h, i_kv, m_first, 0, n_tiles)
+    sizes = (n_q, n_k, n_heads, n_batch * n_heads, offset, unit)
+    where = (i_b, n_inner, i_h, i_h, i_kv, m_first, 0, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, True)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
+                    True)),
         ], [1], [LOADER])  # fmt: skip
+    elif TEAMS == 2:
+        gl.warp_specialize([
+            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
+            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
+                    True)),
+        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
             (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, EXCESS, D_SLOPES, D_LSE)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, TEAMS, True)),
-        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
+            (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
+                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
+            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
+                    True)),
+        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
 def backward(
     call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
-    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, excess: bool,
+    d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, split: bool, excess: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of queries, slopes and factor columns of a call that `plan.teams` gives to this kernel.
 
@@ -267,12 +322,13 @@ def backward(
     read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
     if read is None:
         return False
-    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank}
+    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank, "SPLIT": split}
     arguments |= {"EXCESS": excess, "D_SLOPES": d_slopes is not None, "D_LSE": d_lse is not None}
     given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
     made = {"level": level, "delta": delta, "d_query": d_query}
     made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
-    programs = plan.cdiv(d_query.shape[-2], tiles.block_m * tiles.teams) * d_query.shape[:-2].numel()
-    options = (rank, excess, d_slopes is None, d_lse is None)
+    n_tiles = plan.cdiv(d_query.shape[-2], tiles.block_m)
+    programs = plan.team_programs(tiles, n_tiles, d_query.shape, call.frame.traits)
+    options = (rank, split, excess, d_slopes is None, d_lse is None)
     launch(queries_teams_kernel, call, tiles, programs, arguments | made, (*made.values(), *options))
     return True

@@ -13,9 +13,10 @@ from flashbias import plan
 from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
 
-from .backward import Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .backward import PITCH, Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
-from .columns import MIN_WIDTH, GradientColumns, gradient_columns
+from .columns import GradientColumns, gradient_columns, gradient_width
+from .expansion import FACTORS, expanded, factor_gradients
 from .forward import combine_kernel, forward_kernel
 from .layout import reduce_to
 from .table import table_kernel
@@ -36,6 +37,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     with _on(query):
+        operands = expanded(query, key.shape[-2], operands) or operands
         call = prepare(query, key, value, operands, scale)
         teams = plan.teams("forward", query, key.shape[-2], call.frame.traits)
         if teams:
@@ -78,11 +80,19 @@ def backward(
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     if out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
+    multiplied = expanded(query, key.shape[-2], operands)
+    if multiplied is not None:
+        factors = names & set(FACTORS)
+        wanted = names - factors | ({"values"} if factors else set())
+        made = backward(grad_out, grad_lse, out, lse, query, key, value, multiplied, scale, wanted)
+        if factors:
+            made |= factor_gradients(made.pop("values"), operands, factors)
+        return made
     rows = query.shape[:-2].numel()
-    delta = torch.empty_like(lse)
-    low = Low(torch.zeros_like(lse), torch.zeros_like(lse)) if query.dtype == torch.float32 else None
+    pitch = plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
+    level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32)
+    low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
-    level = torch.empty_like(lse)
     better = low is not None or bool(names & {"slopes", "table"})
     # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
     better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
@@ -93,7 +103,7 @@ def backward(
         call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
         statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
         call.launch(
-            delta_kernel, (plan.cdiv(query.shape[-2], DELTA_ROWS) * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
+            delta_kernel, (pitch // DELTA_ROWS * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
             out=call.frame.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
             n_inner=call.frame.layout.inner, n_heads=query.shape[-3], unit=scale, C_V=out.shape[-1],
             WIDTH_V=call.frame.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
@@ -126,9 +136,8 @@ def _query_side(
     tiles = call.tiles("queries", query)
     side = _columns(factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
-    d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
-    delta = statistics["delta"]
-    d_far = Far(torch.empty_like(delta), torch.empty_like(delta)) if "table" in names else Far(None, None)
+    d_slopes = _per_row(query) if "slopes" in names else None
+    d_far = Far(_per_row(query), _per_row(query)) if "table" in names else Far(None, None)
     made: dict[str, Any] = {"d_query": d_query, "d_slopes": d_slopes, "d_far": d_far if "table" in names else None}
     parts = []
     for start, stop in _slices(side):
@@ -184,10 +193,10 @@ def _key_side(
 def _teams(
     kind: str, query: Tensor, factor: Tensor | None, call: Call, statistics: dict[str, Any]
 ) -> plan.Tiles | None:
-    """The tiles with which teams make gradients; of a factor those of one slice of columns, from one half of dS."""
+    """The tiles with which teams make gradients; of a factor those of one slice of columns."""
     tiles = plan.teams(kind, query, call.sizes["n_k"], call.frame.traits)
-    columns = 0 if factor is None else plan.cdiv(factor.shape[-1], MIN_WIDTH) * MIN_WIDTH
-    if tiles is None or len(plan.slices(columns)) > 1 or _is_split(factor, query):
+    columns = 0 if factor is None else gradient_width(factor, query.dtype)
+    if tiles is None or len(plan.slices(columns)) > 1:
         return None
     return None if call.lie(statistics["d_out"]) is None else tiles
 
@@ -201,9 +210,10 @@ def _queries_by_teams(
 
     side = _columns(k_factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    d_slopes = torch.empty_like(statistics["delta"]) if "slopes" in names else None
+    d_slopes = _per_row(query) if "slopes" in names else None
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
-    if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, better):
+    split = _is_split(k_factor, query)
+    if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, split, better):
         return {}
     slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
     q_factor = None if side is None or columns is None else side.combine(columns)
@@ -220,7 +230,8 @@ def _keys_by_teams(
     side = _columns(q_factor, query, tiles)
     d_key, d_value = _per_head(query, key), _per_head(query, value)
     columns, block = _room_for_columns(query, key.shape[-2], side, call)
-    if not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block):
+    split = _is_split(q_factor, query)
+    if not hopper_keys.backward(call, tiles, statistics, d_key, d_value, columns, block, split):
         return {}
     k_factor = None if side is None or columns is None else side.combine(columns)
     return {"key": d_key, "value": d_value, "k_factor": k_factor}
@@ -266,6 +277,15 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     own = layout.sizes(values)
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
     one_row = values.shape[-2] == 1 and n_q > 1
+    teams = plan.teams("values", query, n_k, call.frame.traits)
+    if teams:
+        from . import hopper_values
+
+        programs = plan.values_programs(teams, n_q, n_k) * own[-1]
+        splits = plan.values_splits(teams, programs, math.prod(shared), query.device)
+        planes = query.new_empty((splits, own[-1], n_q, n_k), dtype=torch.float32)
+        if hopper_values.backward(call, teams, statistics, planes):
+            return planes.sum(0).reshape(values.shape)
     tiles = call.tiles("values", query)
     n_m, n_n = plan.cdiv(n_q, tiles.block_m), plan.cdiv(n_k, tiles.block_n)
     programs = math.prod(own) * n_n * (1 if one_row else n_m)
@@ -314,6 +334,11 @@ def _table_gradient(
     for place, rows in ((0, far[0]), (-1, far[1])):
         total[..., place] += reduce_to(rows, table.shape[:-1])
     return total
+
+
+def _per_row(query: Tensor) -> Tensor:
+    """Room for sums over the keys of each query, `(*batch, H, Nq)`."""
+    return query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 def _per_head(query: Tensor, tensor: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Layout:
             tensor = tensor.expand((*self.batch, *tensor.shape[tensor.dim() - trailing :])).contiguous()
             strides = self.strides(Geometry(*geometry(tensor)), axes)
         assert strides is not None
-        return Block(tensor, strides)
+        return Block(tensor, *strides)
 
     def sizes(self, tensor: Tensor) -> tuple[int, int, int]:
         """The sizes that `tensor`, `(*batch, H, rows, columns)`, itself has in outer batch, inner batch and heads."""

@@ -1,4 +1,8 @@
-"""What the kernels of teams share (`hopper*.py`): shared memory and its barriers, halves in registers, the launch."""
+"""What the kernels of teams share (`hopper*.py`): shared memory and its barriers, halves in registers, the launch.
+
+Teams of a program have the same head. Without a dense bias they have neighbouring tiles of the same row of the batch,
+with one the same tile of neighbouring rows, so that they share a tile of the bias.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,41 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashbias import plan
 
-from . import compiled, terms
+from . import backward, compiled, terms
 from .call import Call
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
 LOADER = gl.constexpr(plan.LOADER)
+PITCH = gl.constexpr(backward.PITCH.value)
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
 
 
 @gluon.jit
-def program(n_programs, n_inner, n_heads, group):
-    """Number, flat batch-head, outer, inner, head and key head of a program of a grid over (batch, head, number)."""
+def program(n_programs, n_heads, group):
+    """Number, row of the batch, head and key head of a program of a grid over (batch, head, number)."""
     i_bh = gl.program_id(0) // n_programs
-    i_h, i_b = i_bh % n_heads, i_bh // n_heads
-    return gl.program_id(0) % n_programs, i_bh, i_b // n_inner, i_b % n_inner, i_h, i_h // group
+    i_h = i_bh % n_heads
+    return gl.program_id(0) % n_programs, i_bh // n_heads, i_h, i_h // group
+
+
+@gluon.jit
+def pitch(n_q):
+    """As in `backward.py`."""
+    return gl.cdiv(n_q, PITCH) * PITCH
+
+
+@gluon.jit
+def load_statistics(level, delta, i_bh, n_q, o_m):
+    """Level and delta of a tile's queries, which behind the last have no probabilities."""
+    o_place = i_bh * pitch(n_q) + o_m
+    return gl.load(level + o_place), gl.load(delta + o_place)
+
+
+@gluon.jit
+def batch_row(i_b, n_inner):
+    """Outer and inner batch of a row of the batch."""
+    return i_b // n_inner, i_b % n_inner
 
 
 @gluon.jit
@@ -35,8 +59,8 @@ def slope_of(slopes, spare, i_o, i_i, i_h):
     """Where a head's slope is; where there are none, `spare`, which is not looked at."""
     p_slope = spare
     if slopes is not None:
-        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.stride[0]
-        p_slope += i_i.to(gl.int64) * slopes.stride[1] + i_h * slopes.stride[2]
+        p_slope = slopes.ptr + i_o.to(gl.int64) * slopes.outer
+        p_slope += i_i.to(gl.int64) * slopes.inner + i_h * slopes.head
     return p_slope
 
 
@@ -71,6 +95,19 @@ def matrix(rooms, i):
 
 
 @gluon.jit
+def room_of(slot, i_team, TEAMS: gl.constexpr, DENSE: gl.constexpr):
+    """The room of what passes by: with a dense bias each team, which has a row of the batch, has one of its own."""
+    return slot * TEAMS + i_team if DENSE else slot
+
+
+@gluon.jit
+def load_bias(rooms, slot, LAYOUT: gl.constexpr, TURNED: gl.constexpr):
+    """A tile of a dense bias, queries by keys or, TURNED, keys by queries."""
+    tile = matrix(rooms, slot)
+    return (tile.permute((1, 0)) if TURNED else tile).load(LAYOUT)
+
+
+@gluon.jit
 def pack(b_p, DTYPE: gl.constexpr):
     """Neighbours in half precision, as one integer: halves that a loop carries one by one take it 64 instructions."""
     b_even, b_odd = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
@@ -85,6 +122,12 @@ def unpack(b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     b_even = (b_pairs & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
     b_odd = (b_pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
     return gl.convert_layout(gl.join(b_even, b_odd).reshape([b_pairs.shape[0], b_pairs.shape[1] * 2]), LAYOUT)
+
+
+@gluon.jit
+def lost(b_x, b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """What numbers lose as half precision in pairs, in pairs too; one by one they are converted as slowly as exp2."""
+    return pack(b_x - unpack(b_pairs, DTYPE, LAYOUT).to(gl.float32), DTYPE)
 
 
 def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
@@ -102,6 +145,12 @@ def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
         name: None if block is None else descriptor(block, frame.tensors[tensor], *size)
         for name, (tensor, block, *size) in read.items()
     }
+    arguments["bias"] = None
+    if call.frame.planes is not None and bias.matrix is not None:
+        shape, strides = call.frame.planes  # one for each head, or for all: else the call is not `PLAIN`
+        lie = [1, 1, *shape], [strides[0], strides[0], *strides]
+        arguments["bias"] = descriptor(bias.matrix, lie, tiles.block_m, tiles.block_n)
+    arguments["n_batch"] = call.frame.layout.outer * call.frame.layout.inner
     names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
     arguments |= {name: call.sizes[name] for name in names}
     return arguments | {name: frame.constants[name] for name in ("RANK", "CHUNK", "CAUSAL")} | {"slopes": bias.slopes}
@@ -146,5 +195,5 @@ def launch(
     kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
 ) -> None:
     """Launch a kernel of teams; `made` are the arguments on which its code depends and which the call's frame lacks."""
-    key = (id(kernel), tiles, compiled.kind(arguments["slopes"]), compiled.kind(made))
+    key = (id(kernel), tiles, compiled.kind(arguments.get("slopes")), compiled.kind(made))
     compiled.launch(kernel, (programs, 1), arguments, tiles.options(), call.frame.compiled, key)

@@ -28,14 +28,23 @@ class Block(NamedTuple):
     """
 
     ptr: Any
-    stride: tuple[int, int, int, int]
+    outer: int
+    inner: int
+    head: int
+    row: int
+
+    @property
+    def stride(self) -> tuple[int, int, int, int]:
+        """The four strides."""
+        return self[1:]
 
 
 class Terms(NamedTuple):
     """The terms of the bias, None where there is none. Factor columns may be over `unit`.
 
     A matrix is read by pointers, or, where a tensor descriptor sees it as a stack of planes, through that; its strides
-    then count planes. A table by distance goes from `-reach` to `reach`.
+    then count planes. A table by distance goes from `-reach` to `reach`. `end`: by the last constant of a tuple triton
+    3.5 learns of all others inside; without one it takes strides of 1 for None.
     """
 
     q_columns: Block | None
@@ -46,21 +55,23 @@ class Terms(NamedTuple):
     matrix: Block | None
     table: Block | None
     reach: int | None
+    end: None = None
 
 
 class Masks(NamedTuple):
-    """The masks, None where there is none."""
+    """The masks, None where there is none; `end` as in `Terms`."""
 
     offsets: Block | None
     lengths: Block | None
     q_ids: Block | None
     k_ids: Block | None
     allowed: Block | None
+    end: None = None
 
 
 @triton.jit
 def start_of(x, i_o, i_i, i_h):
-    return x.ptr + i_o * x.stride[0] + i_i * x.stride[1] + i_h * x.stride[2]
+    return x.ptr + i_o * x.outer + i_i * x.inner + i_h * x.head
 
 
 @triton.jit
@@ -73,10 +84,10 @@ def load_rows(
     Zero beyond `n_rows` (where CHECK) and beyond C features.
     """
     # Only the start is computed in 64 bits: within a block 32 do.
-    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.stride[3]
+    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.row
     o_row = tl.arange(0, BLOCK)[:, None]
     o_c = o_from + tl.arange(0, WIDTH)[None, :]
-    p_x += o_row * x.stride[3] + o_c
+    p_x += o_row * x.row + o_c
     if CHECK:
         if C % WIDTH == 0:
             return tl.load(p_x, mask=first + o_row < n_rows, other=0.0)
@@ -89,9 +100,9 @@ def load_rows(
 @triton.jit
 def load_chunk(x, i_chunk, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHECK: tl.constexpr):
     """Rows `first ...` and factor columns `i_chunk * CHUNK ...` of `x`, `[BLOCK, CHUNK]`."""
-    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.stride[3]
+    p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.row
     o_row = tl.arange(0, BLOCK)[:, None]
-    p_x += o_row * x.stride[3] + i_chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+    p_x += o_row * x.row + i_chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
     if CHECK:
         return tl.load(p_x, mask=first + o_row < n_rows, other=0.0)
     return tl.load(p_x)
@@ -188,9 +199,7 @@ def load_item(x, i_o, i_i, i_h):
 @triton.jit
 def load_vector(x, i_o, i_i, o_row, n_rows, other):
     """Entries `o_row` of a vector without heads, in the shape of `o_row`."""
-    return tl.load(
-        x.ptr + i_o * x.stride[0] + i_i * x.stride[1] + o_row * x.stride[3], mask=o_row < n_rows, other=other
-    )
+    return tl.load(x.ptr + i_o * x.outer + i_i * x.inner + o_row * x.row, mask=o_row < n_rows, other=other)
 
 
 @triton.jit
@@ -279,7 +288,7 @@ def distances(
 @triton.jit
 def load_pairs(x, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_k, CHECK: tl.constexpr, other):
     """A tile of a matrix over pairs, in the shape of `o_m + o_n`."""
-    stride = x.stride[3]
+    stride = x.row
     p_x = start_of(x, i_o, i_i, i_h) + tl.cast(m_first, tl.int64) * stride + n_first
     # Rows beyond the last are read from the last: a mask along rows would cost more than it saves.
     p_x += (tl.minimum(o_m, n_q - 1) - m_first) * stride + (o_n - n_first)
@@ -351,8 +360,7 @@ def load_matrix(
 ):
     """A tile of the dense bias, or None. STANDING: queries by keys, not on its side."""
     if tiles is not None:
-        stride = terms.matrix.stride
-        i_plane = i_o * stride[0] + i_i * stride[1] + i_h * stride[2]
+        i_plane = i_o * terms.matrix.outer + i_i * terms.matrix.inner + i_h * terms.matrix.head
         b_matrix = tiles.load([i_plane.to(tl.int32), m_first, n_first])
         b_matrix = b_matrix.reshape(tiles.block_shape[1], tiles.block_shape[2])
         if not STANDING:

@@ -145,10 +145,10 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     reports: list[dict[str, Any]] = []
     places = [(launch, name) for name in KERNELS] + [(columns, name) for name in COLUMNS]
     if teams:
-        from flashbias.kernels import hopper, hopper_keys, hopper_queries
+        from flashbias.kernels import hopper, hopper_keys, hopper_queries, hopper_values
 
-        places.append((hopper, "forward_teams_kernel"))
-        places += [(hopper_keys, "keys_teams_kernel"), (hopper_queries, "queries_teams_kernel")]
+        places += [(hopper, "forward_teams_kernel"), (hopper_queries, "queries_teams_kernel")]
+        places += [(hopper_keys, "keys_teams_kernel"), (hopper_values, "values_teams_kernel")]
     kept = {(module, name): getattr(module, name) for module, name in places}
     kept_tiles, kept_backend = plan.tiles, plan.backend
     kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6

@@ -142,17 +142,22 @@ TEAMS = pairwise(
     [{"mask": "none"}, {"mask": "causal"}],
     base=Compilation(teams=True, dtype=torch.bfloat16),
 )  # fmt: skip
+SHARED = [
+    Compilation("dense", c=c, dtype=dtype, teams=True, broadcast="batch", batch=(8,))
+    for c, dtype in ((16, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16))
+]
 
 
 def test_teams_fit_hopper() -> None:
     """Started products stay under way, too: a use of their registers in the wrong place would cost a third."""
     if plan._triton_version() < (3, 6):
         pytest.skip("Gluon's language for Hopper is complete from triton 3.6 on")
-    reports = compiled(TEAMS)
+    reports = compiled(TEAMS + SHARED)
     found = faults(reports)
     assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
     served = {(report["case"], report["kernel"]) for report in reports}
-    assert {case for case, kernel in served if kernel == "forward_teams_kernel"} == set(TEAMS)
+    assert {case for case, kernel in served if kernel == "forward_teams_kernel"} == {*TEAMS, *SHARED}
+    assert {case for case, kernel in served if kernel == "values_teams_kernel"} == set(SHARED[:2])
     for kernel in ("queries_teams_kernel", "keys_teams_kernel"):  # those that no power of two is the scale of are not
         assert len([case for case, name in served if name == kernel]) > len(TEAMS) / 2
 

@@ -163,10 +163,10 @@ def test_a_known_kernel_is_launched_by_position() -> None:
 
 def test_another_kind_of_argument_is_another_key() -> None:
     x = torch.zeros(9)
-    block = Block(x, (1, 2, 3, 4))
+    block = Block(x, 1, 2, 3, 4)
     different = [
-        x, x.double(), x[1:], None, 16, 17, 1.5, (x, x), (x, None), block, Block(x[1:], block.stride),
-        Block(x, (1, 2, 3, 5)),
+        x, x.double(), x[1:], None, 16, 17, 1.5, (x, x), (x, None), block, Block(x[1:], *block.stride),
+        Block(x, 1, 2, 3, 5),
     ]  # fmt: skip
     assert len({compiled.kind(argument) for argument in different}) == len(different)
     assert compiled.kind(x) == compiled.kind(x[4:])

@@ -6,13 +6,14 @@ leave to them in part.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases import BROADCASTS, LAYOUTS, Case, check, ids, pairwise
+from cases import BROADCASTS, LAYOUTS, Case, build, check, ids, pairwise, run
 
-from flashbias import plan
+from flashbias import biased_attention, plan, reference
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan
         interpret(monkeypatch)
     elif not plan.has_teams(torch.device(device, 0)):
         pytest.skip("teams are for Hopper and triton >= 3.6")
-    from flashbias.kernels import hopper, hopper_keys, hopper_queries
+    from flashbias.kernels import hopper, hopper_keys, hopper_queries, hopper_values
 
     kernels: list[tuple[str, plan.Tiles]] = []
     launch = hopper.launch
@@ -31,7 +32,7 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan
         kernels.append((kernel.__name__, tiles))
         launch(kernel, call, tiles, *rest)
 
-    for module in (hopper, hopper_keys, hopper_queries):
+    for module in (hopper, hopper_keys, hopper_queries, hopper_values):
         monkeypatch.setattr(module, "launch", counted)
     monkeypatch.setattr(plan, "TEAM_WORK", 0)
     monkeypatch.setattr(plan, "_processors", lambda device: 1)
@@ -92,7 +93,8 @@ Served = list[tuple[str, plan.Tiles]]
 
 
 ALL_BY_TEAMS = pairwise(
-    [{"bias": "none"}, {"bias": "alibi"}, *({"bias": bias, "rank": 16} for bias in ("factored", "factored+alibi"))],
+    [{"bias": "none"}, {"bias": "alibi"}, {"bias": "factored", "rank": 3}, {"bias": "factored", "rank": 16},
+     {"bias": "factored+alibi", "rank": 16}, {"bias": "distance"}],
     [{"mask": mask} for mask in ("none", "causal", "causal_offset", "causal_early")],
     [
         {"n_q": 70, "n_k": 65},
@@ -121,19 +123,71 @@ def test_accuracy_where_teams_make_all(case: Case, device: str, served: Served) 
     assert [name for name, _ in served] == ["forward_teams_kernel", "queries_teams_kernel", "keys_teams_kernel"]
 
 
-@pytest.mark.parametrize(("c", "teams"), [(32, 1), (64, 3), (128, 2)])
-def test_number_of_teams(c: int, teams: int, device: str, served: Served) -> None:
-    check(Case(bias="factored", rank=16, dtype=torch.bfloat16, n_q=200, n_k=140, c=c, scale=0.25), device)
-    assert served[0][1].teams == teams
+SHARED = pairwise(
+    [{"bias": bias} for bias in ("dense", "dense_inf")],
+    [
+        {"batch": (5,), "n_q": 70, "n_k": 65, "c": 32},
+        {"batch": (2, 3), "n_q": 17, "n_k": 700, "c": 24},
+        {"batch": (40,), "heads": 1, "n_q": 140, "n_k": 20, "c_v": 40},
+        {"batch": (4,), "n_q": 193, "n_k": 270, "c": 64},
+        {"batch": (1,), "heads": 4, "kv_heads": 2, "n_q": 130},
+    ],
+    [{"broadcast": broadcast} for broadcast in ("batch", "missing", "bare")],
+    [{"layout": layout} for layout in ("contiguous", "transposed", "expanded")],
+    [{"scale": scale} for scale in (None, 0.25, -0.3)],
+    base=Case(dtype=torch.bfloat16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED, ids=ids(SHARED))
+def test_a_dense_bias_of_all_the_batch(case: Case, device: str, served: Served) -> None:
+    check(case, device)
+    wanted = [f"{name}_teams_kernel" for name in ("forward", "queries", "keys", "values")]
+    assert [name for name, _ in served] == wanted
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_factors_in_fp32_have_their_gradients_by_the_general_kernels(
+def test_a_dense_bias_beside_wide_heads(dtype: torch.dtype, device: str, served: Served) -> None:
+    """Its gradient comes by the general kernel."""
+    check(Case("dense", dtype=dtype, batch=(3,), n_q=65, n_k=270, c=128, broadcast="batch"), device)
+    assert [name for name, _ in served] == [f"{name}_teams_kernel" for name in ("forward", "queries", "keys")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("factored", rank=96, batch=(6,), n_q=70, n_k=150, c=32, broadcast="batch", dtype=torch.bfloat16),
+        Case("factored", rank=64, batch=(3, 2), n_q=65, n_k=40, broadcast="bare", dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_factors_of_all_the_batch_are_multiplied_out(case: Case, device: str, served: Served) -> None:
+    check(case, device)
+    assert served[-1][0] == "values_teams_kernel"
+
+
+@pytest.mark.parametrize(
+    ("c", "mask", "teams"), [(32, "causal", 1), (32, "none", 2), (64, "none", 3), (128, "none", 2)]
+)
+def test_number_of_teams(c: int, mask: str, teams: int, device: str, served: Served) -> None:
+    check(Case("factored", mask, rank=16, dtype=torch.bfloat16, n_q=200, n_k=140, c=c, scale=0.25), device)
+    assert served[0][1].teams == teams
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_in_fp32_have_gradients_better_than_dS_in_half_precision(
     dtype: torch.dtype, device: str, served: Served
 ) -> None:
-    check(Case(bias="distance", dtype=dtype, n_q=300, n_k=333, c=16), device)
-    assert [name for name, _ in served] == ["forward_teams_kernel"]
+    """dS in two halves, and rows of it with the sum that they must have: without either the error is 2^-12 to 2^-8."""
+    case = Case("distance", dtype=dtype, n_q=100, n_k=233, c=16)
+    inputs = build(case, device)
+    exact = run(reference, case, inputs, {name: leaf.double() for name, leaf in inputs.leaves.items()})
+    found = run(partial(biased_attention, return_lse=True), case, inputs, inputs.leaves)
+    assert [name for name, _ in served] == ["forward_teams_kernel", "queries_teams_kernel", "keys_teams_kernel"]
+    for name in ("weight", "x_q", "x_k"):
+        error = found[f"gradient of {name}"] - exact[f"gradient of {name}"]
+        assert error.norm() < 2**-14 * exact[f"gradient of {name}"].norm(), name
 
 
 @pytest.mark.gpu

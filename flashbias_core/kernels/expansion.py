@@ -1,0 +1,37 @@
+"""Factors that many rows of the batch share, multiplied out to one dense bias, which then costs less than they do."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashbias import plan
+from flashbias.operands import Operands
+
+FACTORS = ("q_factor", "k_factor")
+
+
+def expanded(query: Tensor, n_k: int, operands: Operands) -> Operands | None:
+    """The operands with values `(1..., H or 1, Nq, Nk)` in place of the factors, or None where those stay.
+
+    Values have the dtype of the factors, as in an eager computation.
+    """
+    q_factor, k_factor = operands.q_factor, operands.k_factor
+    if q_factor is None or k_factor is None or operands.causal:
+        return None
+    others = (value for name, value in operands.items() if name not in FACTORS and isinstance(value, Tensor))
+    if any(True for _ in others) or not plan.expands(query, n_k, q_factor, k_factor):
+        return None
+    return Operands(values=q_factor @ k_factor.mT, offset=operands.offset)
+
+
+def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> dict[str, Tensor]:
+    """Gradients of the factors from that of the values they were multiplied out to, summed over what they share."""
+    q_factor, k_factor = operands.q_factor, operands.k_factor
+    assert q_factor is not None
+    assert k_factor is not None
+    made = {}
+    if "q_factor" in names:
+        made["q_factor"] = (d_values @ k_factor.float()).sum_to_size(q_factor.shape)
+    if "k_factor" in names:
+        made["k_factor"] = (d_values.mT @ q_factor.float()).sum_to_size(k_factor.shape)
+    return made

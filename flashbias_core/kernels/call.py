@@ -19,6 +19,7 @@ from triton.compiler import CompiledKernel
 
 from flashbias import plan
 from flashbias.operands import Operands
+from flashbias.tiles import Tiles
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -142,11 +143,11 @@ class Call:
     values: Tensor | None
     sizes: dict[str, Any]
 
-    def tiles(self, kind: str, query: Tensor) -> plan.Tiles:
+    def tiles(self, kind: str, query: Tensor) -> Tiles:
         """The tiles of a kernel for this call."""
         return plan.tiles(kind, query.device, query.dtype, self.frame.traits)
 
-    def descriptor(self, tiles: plan.Tiles) -> Any:
+    def descriptor(self, tiles: Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
         if self.frame.planes is None:
             return None
@@ -156,7 +157,7 @@ class Call:
         """Shape and strides of a block as a tensor descriptor reads it; None where hardware could not copy tiles."""
         return described(Geometry(*geometry(block.ptr)), block.stride, self.frame.layout)
 
-    def launch(self, kernel: Any, grid: tuple[int, int], tiles: plan.Tiles | None = None, **arguments: Any) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, int], tiles: Tiles | None = None, **arguments: Any) -> None:
         """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
         key = (id(kernel), tiles, *map(kind, arguments.values()))
         options = {}

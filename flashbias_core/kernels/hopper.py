@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashbias import plan
+from flashbias.tiles import Tiles
 
 from .call import Call
 from .teams import (
@@ -338,7 +339,7 @@ def forward_teams_kernel(
         ], [WARPS, WARPS, WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
-def forward(call: Call, tiles: plan.Tiles, out: Tensor, lse: Tensor) -> None:
+def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
     """Write output and LSE of a call that `plan.teams` gives to this kernel."""
     constants = call.frame.constants
     arguments = inputs(call, tiles) | {name: constants[name] for name in ("C_V", "FOLDED")} | {"out": out, "lse": lse}

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from flashbias import plan
+from flashbias.tiles import Tiles
 
 from . import terms
 from .call import Call
@@ -260,7 +261,7 @@ def keys_teams_kernel(
 
 
 def backward(
-    call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor, d_columns: Tensor | None,
+    call: Call, tiles: Tiles, statistics: dict[str, Any], d_key: Tensor, d_value: Tensor, d_columns: Tensor | None,
     gradient_columns: terms.Block | None, split: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of keys, values and factor columns of a call that `plan.teams` gives to this kernel.

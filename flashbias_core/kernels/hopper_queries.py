@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from flashbias import plan
+from flashbias.tiles import Tiles
 
 from . import terms
 from .call import Call
@@ -310,7 +311,7 @@ def queries_teams_kernel(
 
 
 def backward(
-    call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
+    call: Call, tiles: Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
     d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, split: bool, excess: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of queries, slopes and factor columns of a call that `plan.teams` gives to this kernel.

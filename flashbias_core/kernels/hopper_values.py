@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from flashbias import plan
+from flashbias.tiles import Tiles
 
 from .call import Call
 from .teams import (
@@ -162,7 +163,7 @@ def values_teams_kernel(
         ], [WARPS, WARPS, WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
-def backward(call: Call, tiles: plan.Tiles, statistics: dict[str, Any], d_values: Tensor) -> bool:
+def backward(call: Call, tiles: Tiles, statistics: dict[str, Any], d_values: Tensor) -> bool:
     """Write the gradient in parts, `(splits, heads or 1, Nq, Nk)`, of a call that `plan.teams` gives to this kernel.
 
     False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashbias import plan
 from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
+from flashbias.tiles import Tiles
 
 from .backward import PITCH, Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
@@ -190,9 +191,7 @@ def _key_side(
     return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(_joined(parts))}
 
 
-def _teams(
-    kind: str, query: Tensor, factor: Tensor | None, call: Call, statistics: dict[str, Any]
-) -> plan.Tiles | None:
+def _teams(kind: str, query: Tensor, factor: Tensor | None, call: Call, statistics: dict[str, Any]) -> Tiles | None:
     """The tiles with which teams make gradients; of a factor those of one slice of columns."""
     tiles = plan.teams(kind, query, call.sizes["n_k"], call.frame.traits)
     columns = 0 if factor is None else gradient_width(factor, query.dtype)
@@ -203,7 +202,7 @@ def _teams(
 
 def _queries_by_teams(
     query: Tensor, k_factor: Tensor | None, d_lse: Tensor | None, names: set[str], call: Call,
-    statistics: dict[str, Any], better: bool, tiles: plan.Tiles,
+    statistics: dict[str, Any], better: bool, tiles: Tiles,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """What `_query_side` gives, by teams of warps; empty where they do not serve."""
     from . import hopper_queries
@@ -222,7 +221,7 @@ def _queries_by_teams(
 
 def _keys_by_teams(
     query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor | None, call: Call, statistics: dict[str, Any],
-    tiles: plan.Tiles,
+    tiles: Tiles,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """What `_key_side` gives, by teams of warps; empty where they do not serve."""
     from . import hopper_keys
@@ -247,7 +246,7 @@ def _room_for_columns(
     return query.new_empty((*query.shape[:-2], rows, number), dtype=torch.float32), _block(side, 0, number, call)
 
 
-def _columns(factor: Tensor | None, query: Tensor, tiles: plan.Tiles) -> GradientColumns | None:
+def _columns(factor: Tensor | None, query: Tensor, tiles: Tiles) -> GradientColumns | None:
     return None if factor is None else gradient_columns(factor, query.dtype, tiles.columns)
 
 

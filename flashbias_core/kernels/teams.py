@@ -15,14 +15,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashbias import plan
+from flashbias.tiles import LOADER as LOADER_REGISTERS
+from flashbias.tiles import Tiles
 
 from . import backward, compiled, terms
 from .call import Call
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
-LOADER = gl.constexpr(plan.LOADER)
+LOADER = gl.constexpr(LOADER_REGISTERS)
 PITCH = gl.constexpr(backward.PITCH.value)
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
 
@@ -130,7 +131,7 @@ def lost(b_x, b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     return pack(b_x - unpack(b_pairs, DTYPE, LAYOUT).to(gl.float32), DTYPE)
 
 
-def inputs(call: Call, tiles: plan.Tiles) -> dict[str, Any]:
+def inputs(call: Call, tiles: Tiles) -> dict[str, Any]:
     """The arguments that say what is read, queries, keys, values and columns by tiles, and how it is laid out."""
     frame, bias = call.frame, call.sizes["terms"]
     width, width_v, chunk = (frame.constants[name] for name in ("WIDTH", "WIDTH_V", "CHUNK"))
@@ -192,7 +193,7 @@ def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NV
 
 
 def launch(
-    kernel: Any, call: Call, tiles: plan.Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
+    kernel: Any, call: Call, tiles: Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
 ) -> None:
     """Launch a kernel of teams; `made` are the arguments on which its code depends and which the call's frame lacks."""
     key = (id(kernel), tiles, compiled.kind(arguments.get("slopes")), compiled.kind(made))

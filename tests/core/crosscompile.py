@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from flashbias import biased_attention, plan
 from flashbias.kernels import columns, launch
+from flashbias.tiles import Tiles, select
 
 KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel", "table_kernel")
 COLUMNS = ("largest_kernel", "score_columns_kernel", "gradient_columns_kernel")
@@ -100,6 +101,7 @@ class Recorder:
                 "tile": [values.get("BLOCK_M"), values.get("BLOCK_N")],
                 "wgmma": "wgmma" in compiled.asm["ptx"],
                 "serial": source_of(self.kernel) is not ASTSource and is_serial(compiled.asm["ptx"]),
+                "flipped": flips_products(compiled.asm["ptx"]),
             }
         )  # fmt: skip
 
@@ -123,6 +125,13 @@ def is_serial(ptx: str) -> bool:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     return "serialized" in done.stderr
+
+
+def flips_products(ptx: str) -> bool:
+    """Whether what products have made has its sign flipped by bits: ptxas flips what was in its place before."""
+    places = re.findall(r"wgmma\.mma_async\S* \{([^}]*)\}", ptx)
+    flipped = re.findall(r"xor\.b32\s+%\w+, (%\w+), -2147483648", ptx)
+    return not set(flipped).isdisjoint(re.findall(r"%\w+", " ".join(places)))
 
 
 def resources(cubin: bytes, ptx: str) -> tuple[int, int]:
@@ -154,8 +163,8 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6
     kept_teams, kept_work = plan.has_teams, plan.TEAM_WORK
 
-    def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> plan.Tiles:
-        return plan.select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
+    def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> Tiles:
+        return select(kind, (arch // 10, arch % 10), dtype.itemsize, constants)
 
     for (module, name), kernel in kept.items():
         setattr(module, name, Recorder(kernel, arch, reports))

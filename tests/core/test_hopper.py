@@ -14,10 +14,11 @@ import torch
 from cases import BROADCASTS, LAYOUTS, Case, build, check, ids, pairwise, run
 
 from flashbias import biased_attention, plan, reference
+from flashbias.tiles import Tiles, triton_version
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan.Tiles]]:
+def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, Tiles]]:
     """The kernels that teams have launched, and their tiles."""
     if device == "cpu":
         interpret(monkeypatch)
@@ -25,10 +26,10 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan
         pytest.skip("teams are for Hopper and triton >= 3.6")
     from flashbias.kernels import hopper, hopper_keys, hopper_queries, hopper_values
 
-    kernels: list[tuple[str, plan.Tiles]] = []
+    kernels: list[tuple[str, Tiles]] = []
     launch = hopper.launch
 
-    def counted(kernel: Any, call: Any, tiles: plan.Tiles, *rest: Any) -> None:
+    def counted(kernel: Any, call: Any, tiles: Tiles, *rest: Any) -> None:
         kernels.append((kernel.__name__, tiles))
         launch(kernel, call, tiles, *rest)
 
@@ -41,7 +42,7 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, plan
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the kernels of teams on a CPU, beside the others, which run in Triton's interpreter."""
-    if plan._triton_version() < (3, 6):
+    if triton_version() < (3, 6):
         pytest.skip("Gluon's language for Hopper is complete from triton 3.6 on")
     import interpreter
     from triton.experimental.gluon._runtime import GluonJITFunction
@@ -89,7 +90,7 @@ CASES = pairwise(
 )  # fmt: skip
 
 
-Served = list[tuple[str, plan.Tiles]]
+Served = list[tuple[str, Tiles]]
 
 
 ALL_BY_TEAMS = pairwise(

@@ -11,6 +11,7 @@ import torch
 from cases import Case, check, ids
 
 from flashbias import plan
+from flashbias.tiles import parse
 
 CASES = [
     Case(bias="dense", dtype=torch.float32, c=48, heads=1, batch=(1,)),
@@ -78,7 +79,7 @@ def _fence(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_kernels_stay_inside(case: Case, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
-    monkeypatch.setattr(plan, "tiles", lambda *args: plan._parse(tile))
+    monkeypatch.setattr(plan, "tiles", lambda *args: parse(tile))
     check(case)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashbias import Causal, RelativePositionBias, biased_attention, plan
 from flashbias.diagonals import fold, spread, sum_diagonals
+from flashbias.tiles import parse
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -67,7 +68,7 @@ def test_parts_of_the_gradient_do_not_change_it(tile: str, monkeypatch: pytest.M
     from flashbias.kernels import launch
 
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
-    monkeypatch.setattr(plan, "tiles", lambda *args: plan._parse(tile))
+    monkeypatch.setattr(plan, "tiles", lambda *args: parse(tile))
     monkeypatch.setattr(plan, "splits", lambda *args: 3)
     monkeypatch.setattr(launch, "BAND_ENTRIES", 1)
     check(Case("table", "causal_tensor", n_q=140, n_k=150, broadcast="missing", heads=1), device)

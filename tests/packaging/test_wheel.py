@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import flashbias
-from flashbias import plan
+from flashbias.tiles import triton_version
 
 BUILD = "import sys, setuptools.build_meta as build; getattr(build, sys.argv[1])('made')"
 IMPORT_ALL = """
@@ -95,7 +95,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile, sourc
 
 def test_every_module_imports_from_the_wheel(wheel: zipfile.ZipFile, sources: dict[str, Path], tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    gluon = plan._triton_version() >= (3, 6)  # before, nothing imports the kernels in it, and it lacks what they use
+    gluon = triton_version() >= (3, 6)  # before, nothing imports the kernels in it, and it lacks what they use
     names = [
         name.removesuffix(".__init__")
         for name, path in sources.items()

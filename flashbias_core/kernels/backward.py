@@ -39,7 +39,7 @@ from .terms import (
 NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
 
 
-PITCH = tl.constexpr(128)  # a row's statistics begin at multiples of it: no tile has more rows
+PITCH = tl.constexpr(64)  # a row's statistics begin at multiples of it: no team's tile has more rows
 
 
 class Low(NamedTuple):
@@ -246,24 +246,26 @@ def queries_kernel(
         tl.store(delta + o_place, b_better, mask=o_row < n_q)
         if EXACT:
             tl.store(low.delta + o_place, b_excess - (b_better - b_delta), mask=o_row < n_q)
+    # Added, not subtracted: where products' results are negated, ptxas negates what was in their place before.
+    b_lack = tl.zeros_like(b_excess) - b_excess
     p_row = i_bh * n_q + o_m
     if d_query is not None:
         o_c = tl.arange(0, WIDTH)[None, :]
         if EXACT:
-            b_d_query = (b_d_query - b_excess[:, None] * b_mean_key) * b_share[:, None]
+            b_d_query = (b_d_query + b_lack[:, None] * b_mean_key) * b_share[:, None]
         b_d_query = b_d_query * unit
         tl.store(d_query + p_row * C + o_c, b_d_query.to(d_query.dtype.element_ty), mask=(o_m < n_q) & (o_c < C))
     if GRADIENT_RANK > 0:
         o_r = tl.arange(0, GRADIENT_RANK)[None, :]
         if EXCESS:
-            b_d_columns = (b_d_columns - b_excess[:, None] * b_mean_columns) * b_share[:, None]
+            b_d_columns = (b_d_columns + b_lack[:, None] * b_mean_columns) * b_share[:, None]
         tl.store(d_columns + p_row * GRADIENT_RANK + o_r, b_d_columns, mask=o_m < n_q)
     if d_slopes is not None:
-        b_d_slopes = (b_d_slopes - b_excess * b_mean_distance) * b_share
+        b_d_slopes = (b_d_slopes + b_lack * b_mean_distance) * b_share
         tl.store(d_slopes + i_bh * n_q + o_row, b_d_slopes, mask=o_row < n_q)
     if d_far is not None:
-        b_before = (b_before - b_excess * b_total_before) * b_share
-        b_behind = (b_behind - b_excess * b_total_behind) * b_share
+        b_before = (b_before + b_lack * b_total_before) * b_share
+        b_behind = (b_behind + b_lack * b_total_behind) * b_share
         tl.store(d_far.before + i_bh * n_q + o_row, b_before, mask=o_row < n_q)
         tl.store(d_far.behind + i_bh * n_q + o_row, b_behind, mask=o_row < n_q)
 

@@ -28,6 +28,7 @@ from .teams import (
     load_bias,
     load_statistics,
     matrix,
+    pitch,
     read_by_tiles,
     rooms_for,
     start_copy,
@@ -84,7 +85,9 @@ def compute(
     BLOCK_N: gl.constexpr = rooms[4].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     i_row, i_column = i_team // COLUMNS, i_team % COLUMNS
-    o_m = m_first + i_row * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, SCORES))
+    m_first += i_row * BLOCK_M
+    o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, SCORES))
+    m_read = gl.minimum(m_first, pitch(n_q) - BLOCK_M)  # the last teams may have tiles behind all queries
     to_log2 = unit * LOG2_E
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_sum = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
@@ -93,7 +96,7 @@ def compute(
     phase = 0
     for i_member in range(begin, end):
         i_bh = (i_member * n_planes + i_plane).to(gl.int64)
-        b_level, b_delta = load_statistics(level, delta, i_bh, n_q, o_m)
+        b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_read + o_row)
         mbarrier.wait(members_ready.index(slot), phase)
         b_k = matrix(rooms[2], slot * COLUMNS + i_column).permute((1, 0))
         b_v = matrix(rooms[3], slot * COLUMNS + i_column).permute((1, 0))
@@ -109,7 +112,7 @@ def compute(
         if slot == STAGES:
             slot = 0
             phase ^= 1
-    o_m = gl.expand_dims(o_m, 1)
+    o_m = gl.expand_dims(m_first + o_row, 1)
     o_n = gl.expand_dims(n_first + i_column * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
     p_values = d_values + (i_written * n_q + o_m) * n_k + o_n
     gl.store(p_values, b_sum, mask=(o_m < n_q) & (o_n < n_k))

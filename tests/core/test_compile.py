@@ -169,12 +169,12 @@ def test_spills_and_errors_are_seen() -> None:
     same = {"case": case, "kernel": "kernel", "tile": [64, 64]}
     found = faults(
         [
-            same | {"shared": 101377, "registers": 9, "spills": 0, "serial": False},
-            same | {"shared": 101376, "registers": 255, "spills": 8, "serial": True},
+            same | {"shared": 101377, "registers": 9, "spills": 0, "serial": False, "flipped": False},
+            same | {"shared": 101376, "registers": 255, "spills": 8, "serial": True, "flipped": True},
             {"case": case, "error": "CompilationError: at 1:1"},
         ]
     )
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 @pytest.mark.slow

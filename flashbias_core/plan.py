@@ -126,9 +126,8 @@ def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapp
 
 
 def values_programs(found: Tiles, n_q: int, n_k: int) -> int:
-    """Programs for one plane of a dense bias' gradient, whose teams stand two by two."""
-    rows = min(found.teams, 2)
-    return cdiv(n_q, found.block_m * rows) * cdiv(n_k, found.block_n * (found.teams // rows))
+    """Programs for one plane of a dense bias' gradient, of one team each."""
+    return cdiv(n_q, found.block_m) * cdiv(n_k, found.block_n)
 
 
 @cache

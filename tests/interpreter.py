@@ -324,6 +324,10 @@ def _both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], 
     return lambda a, b: _value(function(torch.as_tensor(a), torch.as_tensor(b)))
 
 
+def _hold(said: bool) -> None:
+    assert said
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Layouts: which thread has what."""
 
@@ -338,7 +342,8 @@ _MBARRIER = types.SimpleNamespace(
 _GL = types.SimpleNamespace(
     int64=torch.int64, float32=torch.float32,
     NVMMADistributedLayout=_nothing, DotOperandLayout=_nothing, SliceLayout=_nothing, BlockedLayout=_nothing,
-    program_id=lambda axis: _here.program.number, static_range=range, cdiv=lambda a, b: -(-a // b),
+    program_id=lambda axis: _here.program.number, static_range=range, static_assert=_hold,
+    cdiv=lambda a, b: -(-a // b),
     arange=lambda begin, end, layout: _value(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout: _value(torch.zeros(shape, dtype=dtype)),
     full=lambda shape, value, dtype, layout: _value(torch.full(shape, value, dtype=dtype)),

@@ -37,8 +37,6 @@ from .terms import (
 )
 
 NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
-
-
 PITCH = tl.constexpr(64)  # a row's statistics begin at multiples of it: no team's tile has more rows
 
 

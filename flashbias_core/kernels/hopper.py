@@ -315,7 +315,7 @@ def forward_teams_kernel(
                        DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
-    elif TEAMS == 3:
+    else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
                        DENSE, TEAMS)),
@@ -325,18 +325,6 @@ def forward_teams_kernel(
                        DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
-            (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
-            (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
-            (compute, (3, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
-            (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
-        ], [WARPS, WARPS, WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
 def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The gradient of a dense bias that all the batch shares, on Hopper, by teams of warps as in `hopper.py`.
+"""The gradient of a dense bias that all the batch shares, on Hopper, by a team of warps as in `hopper.py`.
 
-What is computed is told in `backward.py`. A program sums dS of its tiles of the bias over rows of the batch, which pass
-by. Teams stand two by two: those side by side share queries, those one above the other keys.
+What is computed is told in `backward.py`. A program sums dS of its tile of the bias over rows of the batch, which pass
+by. Programs of several teams, which share what passes by, were slower (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from .teams import (
     load_bias,
     load_statistics,
     matrix,
-    pitch,
     read_by_tiles,
     rooms_for,
     start_copy,
@@ -36,20 +35,18 @@ from .teams import (
 
 
 @gluon.jit
-def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """The warp that loads: the tiles of the bias, then queries, keys, values and gradients of each member."""
+def load(tensors, rooms, ready, free, place):
+    """The warp that loads: the tile of the bias, then queries, keys, values and gradients of each member."""
     q, d_out, k, v, bias = tensors
     members_ready, bias_ready = ready
     i_plane, n_planes, begin, end, n_inner, n_heads, group, m_first, n_first = place
-    STAGES: gl.constexpr = rooms[0].shape[0] // ROWS
+    STAGES: gl.constexpr = rooms[0].shape[0]
     BLOCK_M: gl.constexpr = bias.block_shape[3]
     BLOCK_N: gl.constexpr = bias.block_shape[4]
     FEATURES: gl.constexpr = q.block_shape[4] + d_out.block_shape[4]
     bar = bias_ready.index(0)
-    mbarrier.expect(bar, ROWS * COLUMNS * BLOCK_M * BLOCK_N * 2)  # bytes
-    for i in gl.static_range(ROWS * COLUMNS):
-        first_q, first_k = m_first + i // COLUMNS * BLOCK_M, n_first + i % COLUMNS * BLOCK_N
-        start_copy(bias, 0, 0, i_plane, first_q, first_k, bar, rooms[4].index(i))
+    mbarrier.expect(bar, BLOCK_M * BLOCK_N * 2)  # bytes
+    start_copy(bias, 0, 0, i_plane, m_first, n_first, bar, rooms[4].index(0))
     slot = 0
     phase = 1
     for i_member in range(begin, end):
@@ -58,13 +55,11 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
         i_h = i_bh % n_heads
         bar = members_ready.index(slot)
         mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(bar, (ROWS * BLOCK_M + COLUMNS * BLOCK_N) * FEATURES * 2)
-        for i in gl.static_range(ROWS):
-            start_copy(q, i_o, i_i, i_h, m_first + i * BLOCK_M, 0, bar, rooms[0].index(slot * ROWS + i))
-            start_copy(d_out, i_o, i_i, i_h, m_first + i * BLOCK_M, 0, bar, rooms[1].index(slot * ROWS + i))
-        for i in gl.static_range(COLUMNS):
-            start_copy(k, i_o, i_i, i_h // group, n_first + i * BLOCK_N, 0, bar, rooms[2].index(slot * COLUMNS + i))
-            start_copy(v, i_o, i_i, i_h // group, n_first + i * BLOCK_N, 0, bar, rooms[3].index(slot * COLUMNS + i))
+        mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * FEATURES * 2)
+        start_copy(q, i_o, i_i, i_h, m_first, 0, bar, rooms[0].index(slot))
+        start_copy(d_out, i_o, i_i, i_h, m_first, 0, bar, rooms[1].index(slot))
+        start_copy(k, i_o, i_i, i_h // group, n_first, 0, bar, rooms[2].index(slot))
+        start_copy(v, i_o, i_i, i_h // group, n_first, 0, bar, rooms[3].index(slot))
         slot += 1
         if slot == STAGES:
             slot = 0
@@ -72,22 +67,17 @@ def load(tensors, rooms, ready, free, place, ROWS: gl.constexpr, COLUMNS: gl.con
 
 
 @gluon.jit
-def compute(
-    i_team, rooms, ready, free, place, statistics, d_values, sizes, ROWS: gl.constexpr, COLUMNS: gl.constexpr
-):  # fmt: skip
-    """A team: the sum of its tile's dS over members."""
+def compute(rooms, ready, free, place, statistics, d_values, sizes):
+    """The team: the sum of its tile's dS over members."""
     members_ready, bias_ready = ready
     i_plane, n_planes, begin, end, m_first, n_first, i_written = place
     level, delta = statistics
     n_q, n_k, unit = sizes
-    STAGES: gl.constexpr = rooms[0].shape[0] // ROWS
+    STAGES: gl.constexpr = rooms[0].shape[0]
     BLOCK_M: gl.constexpr = rooms[4].shape[4]
     BLOCK_N: gl.constexpr = rooms[4].shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    i_row, i_column = i_team // COLUMNS, i_team % COLUMNS
-    m_first += i_row * BLOCK_M
-    o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, SCORES))
-    m_read = gl.minimum(m_first, pitch(n_q) - BLOCK_M)  # the last teams may have tiles behind all queries
+    o_m = m_first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, SCORES))
     to_log2 = unit * LOG2_E
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_sum = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
@@ -96,15 +86,14 @@ def compute(
     phase = 0
     for i_member in range(begin, end):
         i_bh = (i_member * n_planes + i_plane).to(gl.int64)
-        b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_read + o_row)
+        b_level, b_delta = load_statistics(level, delta, i_bh, n_q, o_m)
         mbarrier.wait(members_ready.index(slot), phase)
-        b_k = matrix(rooms[2], slot * COLUMNS + i_column).permute((1, 0))
-        b_v = matrix(rooms[3], slot * COLUMNS + i_column).permute((1, 0))
-        b_s = warpgroup_mma(matrix(rooms[0], slot * ROWS + i_row), b_k, b_zero, use_acc=False, is_async=True)
-        b_dp = warpgroup_mma(matrix(rooms[1], slot * ROWS + i_row), b_v, b_zero, use_acc=False, is_async=True)
+        b_k, b_v = matrix(rooms[2], slot).permute((1, 0)), matrix(rooms[3], slot).permute((1, 0))
+        b_s = warpgroup_mma(matrix(rooms[0], slot), b_k, b_zero, use_acc=False, is_async=True)
+        b_dp = warpgroup_mma(matrix(rooms[1], slot), b_v, b_zero, use_acc=False, is_async=True)
         b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
         mbarrier.arrive(free.index(slot), count=1)
-        b_bias = load_bias(rooms[4], i_team, SCORES, False).to(gl.float32)
+        b_bias = load_bias(rooms[4], 0, SCORES, False).to(gl.float32)
         b_x = b_bias * LOG2_E - gl.expand_dims(b_level, 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
         b_sum = gl.fma(b_p, b_dp - gl.expand_dims(b_delta, 1), b_sum)
@@ -112,8 +101,8 @@ def compute(
         if slot == STAGES:
             slot = 0
             phase ^= 1
-    o_m = gl.expand_dims(m_first + o_row, 1)
-    o_n = gl.expand_dims(n_first + i_column * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
+    o_m = gl.expand_dims(o_m, 1)
+    o_n = gl.expand_dims(n_first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
     p_values = d_values + (i_written * n_q + o_m) * n_k + o_n
     gl.store(p_values, b_sum, mask=(o_m < n_q) & (o_n < n_k))
 
@@ -124,46 +113,29 @@ def values_teams_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradient, `(n_splits, n_planes, n_q, n_k)`: of the members that share a plane each split sums some."""
-    ROWS: gl.constexpr = min(TEAMS, 2)
-    COLUMNS: gl.constexpr = TEAMS // ROWS
-    n_m, n_n = gl.cdiv(n_q, BLOCK_M * ROWS), gl.cdiv(n_k, BLOCK_N * COLUMNS)
+    gl.static_assert(TEAMS == 1)
+    n_m, n_n = gl.cdiv(n_q, BLOCK_M), gl.cdiv(n_k, BLOCK_N)
     i_tile, i_rest = gl.program_id(0) % (n_m * n_n), gl.program_id(0) // (n_m * n_n)
     i_plane, i_split = i_rest % n_planes, i_rest // n_planes
-    m_first, n_first = i_tile // n_n * BLOCK_M * ROWS, i_tile % n_n * BLOCK_N * COLUMNS
+    m_first, n_first = i_tile // n_n * BLOCK_M, i_tile % n_n * BLOCK_N
     n_members = n_batch * (n_heads // n_planes)
     begin, end = n_members * i_split // n_splits, n_members * (i_split + 1) // n_splits
 
     tensors = (q, d_out, k, v, bias)
     rooms = (
-        rooms_for(q, STAGES * ROWS), rooms_for(d_out, STAGES * ROWS), rooms_for(k, STAGES * COLUMNS),
-        rooms_for(v, STAGES * COLUMNS), rooms_for(bias, TEAMS),
+        rooms_for(q, STAGES), rooms_for(d_out, STAGES), rooms_for(k, STAGES), rooms_for(v, STAGES), rooms_for(bias, 1),
     )  # fmt: skip
     ready = (barriers(STAGES, 1), barriers(1, 1))
-    free = barriers(STAGES, TEAMS)
+    free = barriers(STAGES, 1)
     # Tuples that have a name lose what is constant in them.
     what = (i_plane, n_planes, begin, end, m_first, n_first, i_rest.to(gl.int64))
     rows = (level, delta)
     sizes = (n_q, n_k, unit)
     where = (i_plane, n_planes, begin, end, n_inner, n_heads, group, m_first, n_first)
-    if TEAMS == 1:
-        gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (load, (tensors, rooms, ready, free, where, ROWS, COLUMNS)),
-        ], [1], [LOADER])  # fmt: skip
-    elif TEAMS == 2:
-        gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (compute, (1, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (load, (tensors, rooms, ready, free, where, ROWS, COLUMNS)),
-        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (compute, (0, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (compute, (1, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (compute, (2, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (compute, (3, rooms, ready, free, what, rows, d_values, sizes, ROWS, COLUMNS)),
-            (load, (tensors, rooms, ready, free, where, ROWS, COLUMNS)),
-        ], [WARPS, WARPS, WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, LOADER])  # fmt: skip
+    gl.warp_specialize([
+        (compute, (rooms, ready, free, what, rows, d_values, sizes)),
+        (load, (tensors, rooms, ready, free, where)),
+    ], [1], [LOADER])  # fmt: skip
 
 
 def backward(call: Call, tiles: Tiles, statistics: dict[str, Any], d_values: Tensor) -> bool:

@@ -6,16 +6,15 @@ call should take the host less time than the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from flashbias import plan
 from flashbias.operands import Operands
@@ -28,7 +27,7 @@ except ImportError:  # triton 3.3 has none that the host can make
 
 from . import compiled
 from .columns import score_columns
-from .compiled import kind
+from .compiled import Known, kind
 from .layout import Axes, Geometry, Layout, geometry
 from .terms import Block, Masks, Terms
 
@@ -55,10 +54,11 @@ class Frame:
 
     strides: of the blocks, in the order of `AXES`; None where there is no tensor, or it has to be copied first.
     planes: shape and strides of a dense bias as a tensor descriptor reads it; None where it does not.
-    tensors: shapes and strides of queries, keys, values and factor columns as tensor descriptors read them; empty where
-    they do not.
+    tensors: shapes and strides of queries, keys, values, factor columns and dense bias as tensor descriptors read them;
+    None where they do not.
     sizes, constants: arguments of the kernels. traits: what `plan.tiles` wants to know beside.
     compiled: kernels that were launched before, by what else their code depends on.
+    found: what `once` was asked for.
     """
 
     layout: Layout
@@ -68,7 +68,14 @@ class Frame:
     sizes: dict[str, Any]
     constants: dict[str, Any]
     traits: dict[str, Any]
-    compiled: dict[Hashable, CompiledKernel] = field(default_factory=dict)
+    compiled: dict[Hashable, Known] = field(default_factory=dict)
+    found: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, what: Hashable, find: Callable[[], Any]) -> Any:
+        """What `find()` gives, the same for all calls of a frame, is looked for once."""
+        if what not in self.found:
+            self.found[what] = find()
+        return self.found[what]
 
 
 @lru_cache(maxsize=FRAMES)
@@ -124,6 +131,9 @@ def _frame(
         strides["values"] = _count_planes(strides["values"], planes[1][0])
     copied = [name for name in (*INPUTS, "q_columns", "k_columns") if name in lie]
     tensors = {name: described(lie[name], strides[name], layout) for name in copied}
+    if planes is not None:  # one for each head, or for all: else the call is not `PLAIN`
+        shape, stride = planes
+        tensors["values"] = [1, 1, *shape], [stride[0], stride[0], *stride]
     plain = set(given) <= {*INPUTS, "q_columns", "k_columns", "slopes"} and not symmetric
     if planes is not None and set(given) == {*INPUTS, "values"} and traits["BARE"]:
         known = given["values"][0]
@@ -141,31 +151,59 @@ class Call:
     k: Block
     v: Block
     values: Tensor | None
-    sizes: dict[str, Any]
+    terms: Terms
+    masks: Masks
 
     def tiles(self, kind: str, query: Tensor) -> Tiles:
         """The tiles of a kernel for this call."""
-        return plan.tiles(kind, query.device, query.dtype, self.frame.traits)
+        traits = self.frame.traits
+        return self.frame.once(kind, lambda: plan.tiles(kind, query.device, query.dtype, traits))
+
+    def teams(self, kind: str, query: Tensor) -> Tiles | None:
+        """The tiles with which teams serve this call, or None."""
+        frame = self.frame
+        return frame.once((kind, "teams"), lambda: plan.teams(kind, query, frame.sizes["n_k"], frame.traits))
 
     def descriptor(self, tiles: Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
         if self.frame.planes is None:
             return None
-        return TensorDescriptor(self.values, *self.frame.planes, [1, tiles.block_m, tiles.block_n])
+        tile = [1, tiles.block_m, tiles.block_n]
+        what = "tile", tiles.block_m, tiles.block_n
+        return self.described(self.values, what, lambda: TensorDescriptor(self.values, *self.frame.planes, tile))
+
+    def described(self, tensor: Tensor, what: Hashable, make: Callable[[], Any]) -> Any:
+        """The tensor descriptor that `make()` gives; of tensors that lie alike, `what`, only the first is checked."""
+        kind, fields = self.frame.once(what, lambda: _without_tensor(make()))
+        descriptor = object.__new__(kind)
+        vars(descriptor).update(fields, base=tensor)
+        return descriptor
 
     def lie(self, block: Block) -> tuple[list[int], list[int]] | None:
         """Shape and strides of a block as a tensor descriptor reads it; None where hardware could not copy tiles."""
-        return described(Geometry(*geometry(block.ptr)), block.stride, self.frame.layout)
+        known = geometry(block.ptr)
+        return self.frame.once(
+            (known, block.stride), lambda: described(Geometry(*known), block.stride, self.frame.layout)
+        )
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: Tiles | None = None, **arguments: Any) -> None:
         """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
         key = (id(kernel), tiles, *map(kind, arguments.values()))
-        options = {}
+        constants: Callable[[], dict[str, Any]] = dict
         if tiles is not None:
-            options = tiles.options()
             arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}
-            arguments.update(self.sizes, **self.frame.constants)
-        compiled.launch(kernel, grid, arguments, options, self.frame.compiled, key)
+            arguments |= {"terms": self.terms, "masks": self.masks}
+            constants = partial(_common, self.frame, tiles)
+        compiled.launch(kernel, grid, arguments, constants, self.frame.compiled, key)
+
+
+def _without_tensor(descriptor: Any) -> tuple[type, dict[str, Any]]:
+    """The type of a tensor descriptor, and all of it but the tensor, which shall not be kept."""
+    return type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"}
+
+
+def _common(frame: Frame, tiles: Tiles) -> dict[str, Any]:
+    return frame.sizes | frame.constants | tiles.options()
 
 
 def prepare(
@@ -198,8 +236,7 @@ def prepare(
     q, k, v = blocks[: len(INPUTS)]
     reach = None if o.table is None else o.table.shape[-1] // 2
     terms = Terms(*(*blocks[len(INPUTS) : -len(MASKS)], reach))
-    sizes = {"terms": terms, "masks": Masks(*blocks[-len(MASKS) :])} | frame.sizes
-    return Call(frame, q, k, v, values, sizes)
+    return Call(frame, q, k, v, values, terms, Masks(*blocks[-len(MASKS) :]))
 
 
 def _positions(positions: Tensor | None) -> Tensor | None:

@@ -16,17 +16,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from flashbias import plan
 
-from .compiled import kind, launch
+from .compiled import Known, kind, launch
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
 NONE = -1
 SHARES = 32  # of the rows, among programs that look for the largest
-_COMPILED: dict[Hashable, CompiledKernel] = {}  # does not grow with the number of lengths
+_COMPILED: dict[Hashable, Known] = {}  # does not grow with the number of lengths
 
 
 @dataclass
@@ -147,7 +146,7 @@ def _launch(
     device = next(tensor.device for tensor in tensors.values() if tensor is not None)
     long = max(numbers.values()) >= 2**31
     key = (id(kernel), device, long, *map(kind, tensors.values()), *constants.values())
-    launch(kernel, grid, tensors | numbers | constants, {}, _COMPILED, key)
+    launch(kernel, grid, tensors | numbers, lambda: constants, _COMPILED, key)
 
 
 def _rounded(columns: int, step: int = MIN_WIDTH) -> int:

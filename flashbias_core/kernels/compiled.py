@@ -5,7 +5,7 @@ Triton makes a key of every single argument at each launch, which takes the host
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -13,25 +13,36 @@ from triton.compiler import CompiledKernel
 
 from .terms import Block
 
+# A kernel, the values of its arguments, and the places and names of those that are each launch's own.
+Known = tuple[CompiledKernel, list[Any], list[tuple[int, str]]]
+
 
 def launch(
     kernel: Any,
     grid: tuple[int, int],
     arguments: dict[str, Any],
-    options: dict[str, Any],
-    known: dict[Hashable, CompiledKernel],
+    constants: Callable[[], dict[str, Any]],
+    known: dict[Hashable, Known],
     key: Hashable,
 ) -> None:
-    """Launch a kernel; `key` has to say all that its code can depend on, of the arguments and options, in `known`."""
-    compiled = known.get(key)
-    if compiled is None:
-        compiled = kernel[grid](**arguments, **options)
-        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            known[key] = compiled
-    else:
-        arguments = arguments | options  # the sizes of tiles are arguments too
-        programs = (*grid, 1)
-        compiled[programs](*[arguments[name] for name in kernel.arg_names])
+    """Launch a kernel with `arguments` and what `constants()` gives, the launch's options among it.
+
+    `key` has to say in `known` all that the constants are, and all of the arguments that compiled code can depend on.
+    """
+    before = known.get(key)
+    if before is not None:
+        compiled, values, places = before
+        values = values.copy()
+        for place, name in places:
+            values[place] = arguments[name]
+        compiled[(*grid, 1)](*values)
+        return
+    fixed = constants()
+    compiled = kernel[grid](**arguments, **fixed)
+    if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+        names = kernel.arg_names  # the sizes of tiles are arguments too
+        places = [(place, name) for place, name in enumerate(names) if name in arguments]
+        known[key] = compiled, [fixed.get(name) for name in names], places
 
 
 def kind(argument: Any) -> Hashable:

@@ -26,6 +26,7 @@ from .teams import (
     WARPS,
     barriers,
     batch_row,
+    columns,
     inputs,
     launch,
     load_bias,
@@ -329,7 +330,6 @@ def forward_teams_kernel(
 
 def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
     """Write output and LSE of a call that `plan.teams` gives to this kernel."""
-    constants = call.frame.constants
-    arguments = inputs(call, tiles) | {name: constants[name] for name in ("C_V", "FOLDED")} | {"out": out, "lse": lse}
     programs = plan.team_programs(tiles, plan.cdiv(out.shape[-2], tiles.block_m), out.shape, call.frame.traits)
-    launch(forward_teams_kernel, call, tiles, programs, arguments, (out, lse))
+    made = {"slopes": call.terms.slopes, "out": out, "lse": lse}
+    launch(forward_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles), made)

@@ -25,6 +25,8 @@ from .teams import (
     WARPS,
     barriers,
     batch_row,
+    columns,
+    gradients,
     inputs,
     launch,
     load_bias,
@@ -33,7 +35,6 @@ from .teams import (
     matrix,
     pack,
     program,
-    read_by_tiles,
     room_of,
     rooms_for,
     slope_of,
@@ -268,15 +269,15 @@ def backward(
 
     False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.
     """
-    level, delta, constants = statistics["level"], statistics["delta"], call.frame.constants
     rank = 0 if d_columns is None else d_columns.shape[-1]
-    read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_m), rank)
+    read = gradients(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_m), rank)
     if read is None:
         return False
-    arguments = inputs(call, tiles) | read | {name: constants[name] for name in ("C", "C_V")}
-    made = (level, delta, d_key, d_value, d_key if d_columns is None else d_columns)
-    arguments |= dict(zip(("level", "delta", "d_key", "d_value", "d_columns"), made, strict=True))
-    arguments |= {"GRADIENT_RANK": rank, "SPLIT": split}
+    made = {"slopes": call.terms.slopes, "level": statistics["level"], "delta": statistics["delta"]}
+    made |= {"d_key": d_key, "d_value": d_value, "d_columns": d_key if d_columns is None else d_columns}
     programs = plan.team_programs(tiles, plan.cdiv(d_key.shape[-2], tiles.block_n), d_key.shape, call.frame.traits)
-    launch(keys_teams_kernel, call, tiles, programs, arguments, (*made, rank, split))
+    launch(
+        keys_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles) | read, made,
+        GRADIENT_RANK=rank, SPLIT=split,
+    )  # fmt: skip
     return True

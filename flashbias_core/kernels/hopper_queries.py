@@ -25,6 +25,8 @@ from .teams import (
     WARPS,
     barriers,
     batch_row,
+    columns,
+    gradients,
     inputs,
     launch,
     load_bias,
@@ -34,7 +36,6 @@ from .teams import (
     pack,
     pitch,
     program,
-    read_by_tiles,
     room_of,
     rooms_for,
     slope_of,
@@ -318,18 +319,18 @@ def backward(
 
     False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.
     """
-    level, delta, constants = statistics["level"], statistics["delta"], call.frame.constants
     rank = 0 if d_columns is None else d_columns.shape[-1]
-    read = read_by_tiles(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
+    read = gradients(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
     if read is None:
         return False
-    arguments = inputs(call, tiles) | read | {"C": constants["C"], "GRADIENT_RANK": rank, "SPLIT": split}
-    arguments |= {"EXCESS": excess, "D_SLOPES": d_slopes is not None, "D_LSE": d_lse is not None}
+    level = statistics["level"]
     given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
-    made = {"level": level, "delta": delta, "d_query": d_query}
+    made = {"slopes": call.terms.slopes, "level": level, "delta": statistics["delta"], "d_query": d_query}
     made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
     n_tiles = plan.cdiv(d_query.shape[-2], tiles.block_m)
     programs = plan.team_programs(tiles, n_tiles, d_query.shape, call.frame.traits)
-    options = (rank, split, excess, d_slopes is None, d_lse is None)
-    launch(queries_teams_kernel, call, tiles, programs, arguments | made, (*made.values(), *options))
+    launch(
+        queries_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles) | read, made,
+        GRADIENT_RANK=rank, SPLIT=split, EXCESS=excess, D_SLOPES=d_slopes is not None, D_LSE=d_lse is not None,
+    )  # fmt: skip
     return True

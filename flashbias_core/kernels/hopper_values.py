@@ -23,12 +23,12 @@ from .teams import (
     WARPS,
     barriers,
     batch_row,
+    gradients,
     inputs,
     launch,
     load_bias,
     load_statistics,
     matrix,
-    read_by_tiles,
     rooms_for,
     start_copy,
 )
@@ -143,14 +143,12 @@ def backward(call: Call, tiles: Tiles, statistics: dict[str, Any], d_values: Ten
 
     False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.
     """
-    read = read_by_tiles(call, statistics["d_out"], None, (tiles.block_m, 0), 0)
+    read = gradients(call, statistics["d_out"], None, (tiles.block_m, 0), 0)
     if read is None:
         return False
-    names = ("q", "k", "v", "bias", "n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "unit")
-    given = inputs(call, tiles)
     made = {"level": statistics["level"], "delta": statistics["delta"], "d_values": d_values}
-    arguments = {name: given[name] for name in names} | made | {"d_out": read["d_out"]}
-    arguments |= {"n_splits": d_values.shape[0], "n_planes": d_values.shape[1]}
-    programs = plan.values_programs(tiles, *d_values.shape[-2:]) * d_values.shape[:2].numel()
-    launch(values_teams_kernel, call, tiles, programs, arguments, tuple(made.values()))
+    splits, planes, n_q, n_k = d_values.shape
+    programs = plan.values_programs(tiles, n_q, n_k) * splits * planes
+    read = inputs(call, tiles) | {"d_out": read["d_out"]}
+    launch(values_teams_kernel, call, tiles, programs, read, made, n_splits=splits, n_planes=planes)
     return True

@@ -40,7 +40,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale
     with _on(query):
         operands = expanded(query, key.shape[-2], operands) or operands
         call = prepare(query, key, value, operands, scale)
-        teams = plan.teams("forward", query, key.shape[-2], call.frame.traits)
+        teams = call.teams("forward", query)
         if teams:
             from . import hopper  # not everywhere can its language be imported
 
@@ -193,7 +193,7 @@ def _key_side(
 
 def _teams(kind: str, query: Tensor, factor: Tensor | None, call: Call, statistics: dict[str, Any]) -> Tiles | None:
     """The tiles with which teams make gradients; of a factor those of one slice of columns."""
-    tiles = plan.teams(kind, query, call.sizes["n_k"], call.frame.traits)
+    tiles = call.teams(kind, query)
     columns = 0 if factor is None else gradient_width(factor, query.dtype)
     if tiles is None or len(plan.slices(columns)) > 1:
         return None
@@ -276,7 +276,7 @@ def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statis
     own = layout.sizes(values)
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
     one_row = values.shape[-2] == 1 and n_q > 1
-    teams = plan.teams("values", query, n_k, call.frame.traits)
+    teams = call.teams("values", query)
     if teams:
         from . import hopper_values
 

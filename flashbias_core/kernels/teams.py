@@ -6,7 +6,7 @@ with one the same tile of neighbouring rows, so that they share a tile of the bi
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -131,57 +131,57 @@ def lost(b_x, b_pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     return pack(b_x - unpack(b_pairs, DTYPE, LAYOUT).to(gl.float32), DTYPE)
 
 
-def inputs(call: Call, tiles: Tiles) -> dict[str, Any]:
-    """The arguments that say what is read, queries, keys, values and columns by tiles, and how it is laid out."""
-    frame, bias = call.frame, call.sizes["terms"]
-    width, width_v, chunk = (frame.constants[name] for name in ("WIDTH", "WIDTH_V", "CHUNK"))
-    read = {
-        "q": ("query", call.q, tiles.block_m, width),
-        "k": ("key", call.k, tiles.block_n, width),
-        "v": ("value", call.v, tiles.block_n, width_v),
-        "q_columns": ("q_columns", bias.q_columns, tiles.block_m, chunk),
-        "k_columns": ("k_columns", bias.k_columns, tiles.block_n, chunk),
+def inputs(call: Call, tiles: Tiles) -> dict[str, TensorDescriptor | None]:
+    """Queries, keys, values and a dense bias, as they are read by tiles."""
+    width, width_v = call.frame.constants["WIDTH"], call.frame.constants["WIDTH_V"]
+    lie = call.frame.tensors
+    bias = None
+    if call.terms.matrix is not None:
+        bias = descriptor(call, call.terms.matrix, lie["values"], tiles.block_m, tiles.block_n)
+    return {
+        "q": descriptor(call, call.q, lie["query"], tiles.block_m, width),
+        "k": descriptor(call, call.k, lie["key"], tiles.block_n, width),
+        "v": descriptor(call, call.v, lie["value"], tiles.block_n, width_v),
+        "bias": bias,
     }
-    arguments = {
-        name: None if block is None else descriptor(block, frame.tensors[tensor], *size)
-        for name, (tensor, block, *size) in read.items()
-    }
-    arguments["bias"] = None
-    if call.frame.planes is not None and bias.matrix is not None:
-        shape, strides = call.frame.planes  # one for each head, or for all: else the call is not `PLAIN`
-        lie = [1, 1, *shape], [strides[0], strides[0], *strides]
-        arguments["bias"] = descriptor(bias.matrix, lie, tiles.block_m, tiles.block_n)
-    arguments["n_batch"] = call.frame.layout.outer * call.frame.layout.inner
-    names = ("n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit")
-    arguments |= {name: call.sizes[name] for name in names}
-    return arguments | {name: frame.constants[name] for name in ("RANK", "CHUNK", "CAUSAL")} | {"slopes": bias.slopes}
 
 
-def read_by_tiles(
+def columns(call: Call, tiles: Tiles) -> dict[str, TensorDescriptor | None]:
+    """Columns of the bias' factors, as they are read by tiles, None where there are none."""
+    given = {"q_columns": (call.terms.q_columns, tiles.block_m), "k_columns": (call.terms.k_columns, tiles.block_n)}
+    chunk, lie = call.frame.constants["CHUNK"], call.frame.tensors
+    return {
+        name: None if block is None else descriptor(call, block, lie[name], rows, chunk)
+        for name, (block, rows) in given.items()
+    }
+
+
+def gradients(
     call: Call, d_out: terms.Block, gradient_columns: terms.Block | None, rows: tuple[int, int], rank: int
-) -> dict[str, Any] | None:
+) -> dict[str, TensorDescriptor | None] | None:
     """Gradients of outputs, and columns for gradients of factors, as many rows at a time; None where they cannot."""
-    arguments: dict[str, Any] = {}
-    read = {
-        "d_out": (d_out, rows[0], call.frame.constants["WIDTH_V"]),
-        "gradient_columns": (gradient_columns, rows[1], rank),
-    }
-    for name, (block, *size) in read.items():
-        arguments[name] = None
-        if block is not None:
-            lie = call.lie(block)
-            if lie is None:
-                return None
-            arguments[name] = descriptor(block, lie, *size)
-    return arguments
+    width = call.frame.constants["WIDTH_V"]
+    given = {"d_out": (d_out, rows[0], width), "gradient_columns": (gradient_columns, rows[1], rank)}
+    read: dict[str, TensorDescriptor | None] = {}
+    for name, (block, *size) in given.items():
+        lie = None if block is None else call.lie(block)
+        if block is not None and lie is None:
+            return None
+        read[name] = None if block is None else descriptor(call, block, lie, *size)
+    return read
 
 
 def descriptor(
-    block: terms.Block, lie: tuple[list[int], list[int]] | None, rows: int, columns: int
+    call: Call, block: terms.Block, lie: tuple[list[int], list[int]] | None, rows: int, columns: int
 ) -> TensorDescriptor:
     """A tensor, of which hardware copies tiles of so many rows and columns."""
     assert lie is not None  # where it is, the call is not `PLAIN`
-    return TensorDescriptor(block.ptr, *lie, *_tile(block.ptr.dtype, rows, columns))
+    tensor = block.ptr
+    return call.described(
+        tensor,
+        ("tile", id(lie), rows, columns),
+        lambda: TensorDescriptor(tensor, *lie, *_tile(tensor.dtype, rows, columns)),
+    )
 
 
 @cache
@@ -193,8 +193,17 @@ def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NV
 
 
 def launch(
-    kernel: Any, call: Call, tiles: Tiles, programs: int, arguments: dict[str, Any], made: tuple[Any, ...]
-) -> None:
-    """Launch a kernel of teams; `made` are the arguments on which its code depends and which the call's frame lacks."""
-    key = (id(kernel), tiles, compiled.kind(arguments.get("slopes")), compiled.kind(made))
-    compiled.launch(kernel, (programs, 1), arguments, tiles.options(), call.frame.compiled, key)
+    kernel: Any, call: Call, tiles: Tiles, programs: int, read: dict[str, Any], tensors: dict[str, Any],
+    **constants: Any,
+) -> None:  # fmt: skip
+    """Launch a kernel of teams with what is read by tiles, other tensors, and the constants of this launch alone."""
+    key = (id(kernel), tiles, compiled.kind(tuple(tensors.values())), *constants.values())
+    common = partial(_common, kernel, call, tiles, constants)
+    compiled.launch(kernel, (programs, 1), read | tensors, common, call.frame.compiled, key)
+
+
+def _common(kernel: Any, call: Call, tiles: Tiles, constants: dict[str, Any]) -> dict[str, Any]:
+    """All constants of a launch: also those of the call that the kernel has arguments for."""
+    frame = call.frame
+    sizes = frame.sizes | frame.constants | {"n_batch": frame.layout.outer * frame.layout.inner}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names} | constants | tiles.options()

@@ -6,6 +6,7 @@ leave to them in part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,9 @@ def served(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[str, Tile
     kernels: list[tuple[str, Tiles]] = []
     launch = hopper.launch
 
-    def counted(kernel: Any, call: Any, tiles: Tiles, *rest: Any) -> None:
+    def counted(kernel: Any, call: Any, tiles: Tiles, *rest: Any, **constants: Any) -> None:
         kernels.append((kernel.__name__, tiles))
-        launch(kernel, call, tiles, *rest)
+        launch(kernel, call, tiles, *rest, **constants)
 
     for module in (hopper, hopper_keys, hopper_queries, hopper_values):
         monkeypatch.setattr(module, "launch", counted)
@@ -52,12 +53,13 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = compiled.launch
 
     def launched(
-        kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], options: dict[str, Any], *rest: Any
-    ) -> None:
+        kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], constants: Callable[[], dict[str, Any]],
+        *rest: Any,
+    ) -> None:  # fmt: skip
         if isinstance(kernel, GluonJITFunction):
-            interpreter.run(kernel, grid, arguments | options)
+            interpreter.run(kernel, grid, arguments | constants())
         else:
-            launch(kernel, grid, arguments, options, *rest)
+            launch(kernel, grid, arguments, constants, *rest)
 
     monkeypatch.setattr(compiled, "launch", launched)
     monkeypatch.setattr(plan, "has_teams", lambda device: True)

@@ -116,17 +116,22 @@ def _attention_backward(
     *operands: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of `DIFFERENTIABLE` in their shapes and dtypes; `wanted` says which."""
-    *fields, scale = operands
-    inputs = (query, key, value, *fields)
+    gradients = _gradients(grad_out, grad_lse, out, lse, wanted, query, key, value, *operands)
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: list[bool], *inputs: Any
+) -> list[Tensor | None]:
+    """Gradients of `DIFFERENTIABLE`, None where none is asked for."""
+    query, key, value, *fields, scale = inputs
     names = {name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want}
-    gradients = _backend(query).backward(
-        grad_out, grad_lse, out, lse, query, key, value, Operands(*fields), scale, names
-    )
+    made = _backend(query).backward(grad_out, grad_lse, out, lse, query, key, value, Operands(*fields), scale, names)
     # Contiguous, as the compiler is told: the kernels' gradients of factors are views of wider ones.
-    return tuple(
-        gradients[name].to(inputs[position].dtype).contiguous() if name in names else query.new_empty(0)
+    return [
+        made[name].to(inputs[position].dtype).contiguous() if name in names else None
         for name, position in DIFFERENTIABLE.items()
-    )
+    ]
 
 
 @torch.library.register_fake("flashbias::attention_backward", lib=_LIBRARY)
@@ -160,7 +165,7 @@ class _Attention(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
         # A graph of the gradients is refused by the operator.
         direct = not torch.is_grad_enabled() and _is_unheard((grad_out, grad_lse, *tensors))
-        run = _attention_backward if direct else attention_backward
+        run = _gradients if direct else attention_backward
         gradients = run(grad_out, grad_lse, out, lse, wanted, *tensors, *ctx.others)
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):

@@ -54,6 +54,14 @@ class Far(NamedTuple):
     behind: Any
 
 
+class Forward(NamedTuple):
+    """What the forward pass gave, and the gradient of its LSE, or None."""
+
+    out: Any
+    lse: Any
+    d_lse: Any
+
+
 @triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads", "unit"])
 def delta_kernel(
     d_out, d_lse, out, lse, delta, level, n_q, n_inner, n_heads, unit,

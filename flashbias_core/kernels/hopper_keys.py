@@ -35,7 +35,6 @@ from .teams import (
     matrix,
     pack,
     program,
-    room_of,
     rooms_for,
     slope_of,
     unpack,
@@ -44,20 +43,20 @@ from .teams import (
 
 @gluon.jit
 def compute(
-    i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
+    own_rooms, rooms, ready, free, place, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """A team: the gradients of its tile of keys and of their values."""
+    """The team: the gradients of its tile of keys and of their values."""
     own_ready, q_ready = ready
     i_bh, n_first, m_begin, n_tiles, p_slope = place
     d_key, d_value, d_columns = made
     level, delta = statistics
-    n_q, n_k, n_heads, n_bh, offset, unit = sizes
+    n_q, n_k, offset, unit = sizes
     DTYPE: gl.constexpr = rooms[0].dtype
     BLOCK_M: gl.constexpr = rooms[0].shape[4]
     BLOCK_N: gl.constexpr = own_rooms[0].shape[4]
-    STAGES: gl.constexpr = rooms[0].shape[0] // (TEAMS if DENSE else 1)
+    STAGES: gl.constexpr = rooms[0].shape[0]
     # Products of the tile before, which are under way when scores are there.
     UNDER_WAY: gl.constexpr = 2 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0)
     WIDTH: gl.constexpr = rooms[0].shape[5]
@@ -71,12 +70,6 @@ def compute(
     COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
 
-    if DENSE:
-        i_bh += i_team * n_heads
-        n_k = gl.where(i_bh < n_bh, n_k, 0)  # beyond the batch nothing is written
-        i_bh = gl.minimum(i_bh, n_bh - 1)
-    else:
-        n_first += i_team * BLOCK_N
     n_checked = 1
     if CAUSAL:  # tiles that the diagonal may cross
         n_checked = gl.maximum(gl.cdiv(gl.maximum(n_first + BLOCK_N - 1 - offset, 0) - m_begin, BLOCK_M), 1)
@@ -91,13 +84,13 @@ def compute(
     b_d_key = gl.zeros([BLOCK_N, WIDTH], gl.float32, KEYS)
     b_d_value = gl.zeros([BLOCK_N, WIDTH_V], gl.float32, VALUES)
     b_d_columns = gl.zeros([BLOCK_N, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
-    mbarrier.wait(own_ready.index(i_team), 0)
+    mbarrier.wait(own_ready.index(0), 0)
 
     slot = 0
     phase = 0
     b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_begin + o_m)
     mbarrier.wait(q_ready.index(0), 0)
-    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS, DENSE, TEAMS)
+    b_s, b_dp = start_products(own_rooms, rooms, 0, b_zero, CHUNKS)
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
     b_bias = load_bias(rooms[2], 0, SCORES, True) if DENSE else 0
     b_p = probabilities(
@@ -125,10 +118,9 @@ def compute(
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)
                 b_left_low = unpack(b_low, DTYPE, LEFT_C)
             mbarrier.wait(q_ready.index(next_slot), next_phase)
-            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS, DENSE, TEAMS)
-            room = room_of(slot, i_team, TEAMS, DENSE)
-            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[1], room), b_d_value, is_async=True)
-            b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], room), b_d_key, is_async=True)
+            b_next, b_next_dp = start_products(own_rooms, rooms, next_slot, b_zero, CHUNKS)
+            b_value_sums = warpgroup_mma(b_weights, matrix(rooms[1], slot), b_d_value, is_async=True)
+            b_key_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_key, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
                 if SPLIT:
@@ -150,9 +142,8 @@ def compute(
             b_pairs = pack(b_p, DTYPE)
             slot = next_slot
             phase = next_phase
-    room = room_of(slot, i_team, TEAMS, DENSE)
-    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[1], room), b_d_value)
-    b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], room), b_d_key)
+    b_d_value = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_V), matrix(rooms[1], slot), b_d_value)
+    b_d_key = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_key)
 
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
@@ -190,75 +181,49 @@ def store(out, b_x, row, first, n_rows, COLUMNS: gl.constexpr, LAYOUT: gl.conste
     gl.store(out + (row + o_n) * COLUMNS + o_c, b_x.to(out.dtype.element_ty), mask=(o_n < n_rows) & (o_c < COLUMNS))
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def keys_teams_kernel(
     q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_key, d_value, d_columns,
-    n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
+    n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values for each query head; what is read but for statistics are tensor descriptors."""
+    gl.static_assert(TEAMS == 1)
     CHUNKS: gl.constexpr = RANK // CHUNK
     DENSE: gl.constexpr = bias is not None
-    SPAN: gl.constexpr = BLOCK_N if DENSE else BLOCK_N * TEAMS  # keys of a program
-    n_programs = gl.cdiv(n_k, SPAN)
-    i_program, i_b, i_h, i_kv = program(n_programs, n_heads, group)
-    if DENSE:
-        i_b *= TEAMS
+    i_program, i_b, i_h, i_kv = program(gl.cdiv(n_k, BLOCK_N), n_heads, group)
     i_o, i_i = batch_row(i_b, n_inner)
-    n_first = i_program * SPAN
+    n_first = i_program * BLOCK_N
     m_begin = 0
     if CAUSAL:  # where nobody attends to these keys, the last tile still makes zeros
         m_begin = gl.minimum(gl.maximum(n_first - offset, 0) // BLOCK_M, gl.cdiv(n_q, BLOCK_M) - 1) * BLOCK_M
     n_tiles = gl.cdiv(n_q - m_begin, BLOCK_M)
 
-    own, own_rooms = (k, v), (rooms_for(k, TEAMS), rooms_for(v, TEAMS))
-    ROWS: gl.constexpr = STAGES * (TEAMS if DENSE else 1)
-    passing, rooms = (q, d_out), (rooms_for(q, ROWS), rooms_for(d_out, ROWS))
+    own, own_rooms = (k, v), (rooms_for(k, 1), rooms_for(v, 1))
+    passing, rooms = (q, d_out), (rooms_for(q, STAGES), rooms_for(d_out, STAGES))
     if DENSE:
         passing, rooms = passing + (bias,), rooms + (rooms_for(bias, STAGES),)
     if RANK > 0:
-        own, own_rooms = own + (k_columns,), own_rooms + (rooms_for(k_columns, TEAMS * CHUNKS),)
+        own, own_rooms = own + (k_columns,), own_rooms + (rooms_for(k_columns, CHUNKS),)
         passing, rooms = passing + (q_columns,), rooms + (rooms_for(q_columns, STAGES * CHUNKS),)
     if GRADIENT_RANK > 0:
         passing, rooms = passing + (gradient_columns,), rooms + (rooms_for(gradient_columns, STAGES),)
-    ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
-    free = barriers(STAGES, TEAMS)
+    ready = (barriers(1, 1), barriers(STAGES, 1))
+    free = barriers(STAGES, 1)
     # Tuples that have a name lose what is constant in them.
     what = ((i_b * n_heads + i_h).to(gl.int64), n_first, m_begin, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
     made = (d_key, d_value, d_columns)
     rows = (level, delta)
-    sizes = (n_q, n_k, n_heads, n_batch * n_heads, offset, unit)
-    where = (i_b, n_inner, i_h, i_kv, i_h, n_first, m_begin, n_tiles)
+    sizes = (n_q, n_k, offset, unit)
+    where = (i_o, i_i, i_h, i_kv, i_h, n_first, m_begin, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
-    if TEAMS == 1:
-        gl.warp_specialize([
-            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
-                    False)),
-        ], [1], [LOADER])  # fmt: skip
-    elif TEAMS == 2:
-        gl.warp_specialize([
-            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
-            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
-                    False)),
-        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
-            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
-            (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, DENSE, TEAMS)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
-                    False)),
-        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
+    gl.warp_specialize([
+        (compute, (own_rooms, rooms, ready, free, what, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                   GRADIENT_RANK, SPLIT, DENSE)),
+        (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, False)),
+    ], [1], [LOADER])  # fmt: skip
 
 
 def backward(

@@ -17,11 +17,13 @@ from flashbias import plan
 from flashbias.tiles import Tiles
 
 from . import terms
+from .backward import Forward
 from .call import Call
 from .hopper_backward import load, start_products
 from .teams import (
     LOADER,
     LOG2_E,
+    PITCH,
     WARPS,
     barriers,
     batch_row,
@@ -30,13 +32,11 @@ from .teams import (
     inputs,
     launch,
     load_bias,
-    load_statistics,
     lost,
     matrix,
     pack,
     pitch,
     program,
-    room_of,
     rooms_for,
     slope_of,
     unpack,
@@ -77,22 +77,42 @@ def add_rows(
 
 
 @gluon.jit
-def compute(
-    i_team, own_rooms, rooms, ready, free, place, made, statistics, sizes,
-    C: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
-    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
-    D_LSE: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
+def statistics_of(
+    d_out_rooms, forward, i_row, o_row, n_rows, C_V: gl.constexpr, D_LSE: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
-    """A team: the gradients of its tile of queries."""
+    """Level and delta of a tile's queries, as `backward.delta_kernel` has them."""
+    out, lse, d_lse = forward
+    WIDTH_V: gl.constexpr = d_out_rooms.shape[5]
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
+    o_m = gl.expand_dims(gl.arange(0, d_out_rooms.shape[4], gl.SliceLayout(1, VALUES)), 1)
+    o_c = gl.expand_dims(gl.arange(0, WIDTH_V, gl.SliceLayout(0, VALUES)), 0)
+    b_out = gl.load(out + (i_row + o_m) * C_V + o_c, mask=(o_m < n_rows) & (o_c < C_V), other=0.0)
+    b_d_out = matrix(d_out_rooms, 0).load(VALUES)
+    b_delta = gl.sum(b_d_out.to(gl.float32) * b_out.to(gl.float32), 1)
+    b_delta = gl.convert_layout(b_delta, ROWS, assert_trivial=True)
+    if D_LSE:
+        b_delta -= gl.load(d_lse + i_row + o_row, mask=o_row < n_rows, other=0.0)
+    b_lse = gl.load(lse + i_row + o_row, mask=o_row < n_rows, other=float("-inf"))
+    return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E), b_delta
+
+
+@gluon.jit
+def compute(
+    own_rooms, rooms, ready, free, place, forward, made, statistics, sizes,
+    C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
+    GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
+    D_LSE: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """The team: the statistics and gradients of its tile of queries."""
     own_ready, k_ready = ready
     i_bh, m_first, n_tiles, p_slope = place
     d_query, d_columns, d_slopes = made
-    level, delta, d_lse = statistics
-    n_q, n_k, n_heads, n_bh, offset, unit = sizes
+    level, delta = statistics
+    n_q, n_k, offset, unit = sizes
     DTYPE: gl.constexpr = own_rooms[0].dtype
     BLOCK_M: gl.constexpr = own_rooms[0].shape[4]
     BLOCK_N: gl.constexpr = rooms[0].shape[4]
-    STAGES: gl.constexpr = rooms[0].shape[0] // (TEAMS if DENSE else 1)
+    STAGES: gl.constexpr = rooms[0].shape[0]
     MEANS: gl.constexpr = EXCESS and GRADIENT_RANK > 0
     # Products of the tile before, which are under way when scores are there.
     UNDER_WAY: gl.constexpr = 1 + (1 if GRADIENT_RANK > 0 else 0) + (1 if SPLIT else 0) + (1 if MEANS else 0)
@@ -105,17 +125,15 @@ def compute(
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
 
-    n_written = n_q
-    if DENSE:
-        i_bh += i_team * n_heads
-        n_written = gl.where(i_bh < n_bh, n_q, 0)  # beyond the batch nothing
-        i_bh = gl.minimum(i_bh, n_bh - 1)
-    else:
-        m_first += i_team * BLOCK_M
     i_row = i_bh * n_q + m_first
     o_row = gl.arange(0, BLOCK_M, ROWS)
-    m_read = gl.minimum(m_first, pitch(n_q) - BLOCK_M)  # the last teams may have tiles behind all queries
-    b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_read + o_row)
+    inside = m_first + o_row < n_q
+    mbarrier.wait(own_ready.index(0), 0)
+    b_level, b_delta = statistics_of(own_rooms[1], forward, i_row, o_row, n_q - m_first, C_V, D_LSE, ROWS)
+    o_place = i_bh * pitch(n_q) + m_first + o_row
+    gl.store(level + o_place, b_level)
+    if not EXCESS:
+        gl.store(delta + o_place, b_delta)
     n_whole = n_k // BLOCK_N  # tiles in which nothing needs to be checked
     o_last = n_k - 1
     if CAUSAL:
@@ -136,11 +154,10 @@ def compute(
     b_excess = gl.zeros([BLOCK_M], gl.float32, ROWS)
     b_d_slopes = b_excess
     b_mean_distance = b_excess
-    mbarrier.wait(own_ready.index(i_team), 0)
 
     n_first = (n_tiles - 1) * BLOCK_N
     mbarrier.wait(k_ready.index(0), 0)
-    b_s, b_dp = start_products(own_rooms, rooms, i_team, 0, b_zero, CHUNKS, DENSE, TEAMS)
+    b_s, b_dp = start_products(own_rooms, rooms, 0, b_zero, CHUNKS)
     b_bias = load_bias(rooms[2], 0, SCORES, False) if DENSE else 0
     b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
     b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
@@ -174,9 +191,8 @@ def compute(
                 b_left_low = unpack(b_low, DTYPE, LEFT_C)
                 b_weights = unpack(b_pairs, DTYPE, LEFT_C)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
-            b_next, b_next_dp = start_products(own_rooms, rooms, i_team, next_slot, b_zero, CHUNKS, DENSE, TEAMS)
-            b_k = matrix(rooms[0], room_of(slot, i_team, TEAMS, DENSE))
-            b_sums = warpgroup_mma(b_left, b_k, b_d_query, is_async=True)
+            b_next, b_next_dp = start_products(own_rooms, rooms, next_slot, b_zero, CHUNKS)
+            b_sums = warpgroup_mma(b_left, matrix(rooms[0], slot), b_d_query, is_async=True)
             if GRADIENT_RANK > 0:
                 b_column_sums = warpgroup_mma(b_left_c, matrix(rooms[3], slot), b_d_columns, is_async=True)
                 if SPLIT:
@@ -206,8 +222,7 @@ def compute(
             b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
             slot = next_slot
             phase = next_phase
-    b_k = matrix(rooms[0], room_of(slot, i_team, TEAMS, DENSE))
-    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), b_k, b_d_query)
+    b_d_query = warpgroup_mma(unpack(b_ds, DTYPE, LEFT), matrix(rooms[0], slot), b_d_query)
     if GRADIENT_RANK > 0:
         b_d_columns = warpgroup_mma(unpack(b_ds, DTYPE, LEFT_C), matrix(rooms[3], slot), b_d_columns)
         if SPLIT:
@@ -215,14 +230,13 @@ def compute(
     if MEANS:
         b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[3], slot), b_means)
 
-    inside = m_first + o_row < n_written
     # What the sum of a row's dS lacks. It is added: where the means, which products have made, were subtracted, ptxas
     # took them for the zeros that they had been before.
     b_lack = gl.zeros_like(b_excess) - b_excess
     if EXCESS:
         if D_LSE:
-            b_lack += gl.load(d_lse + i_row + o_row, mask=inside, other=0.0)
-        gl.store(delta + i_bh * pitch(n_q) + m_first + o_row, b_delta - b_lack, mask=inside)
+            b_lack += gl.load(forward[2] + i_row + o_row, mask=inside, other=0.0)
+        gl.store(delta + o_place, b_delta - b_lack)
     if D_SLOPES:
         gl.store(d_slopes + i_row + o_row, b_d_slopes + b_lack * b_mean_distance, mask=inside)
     if GRADIENT_RANK > 0:
@@ -231,106 +245,86 @@ def compute(
             b_d_columns += gl.expand_dims(b_lack, 1) * b_means
         o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, COLUMNS)), 1)
         o_r = gl.expand_dims(gl.arange(0, GRADIENT_RANK, gl.SliceLayout(0, COLUMNS)), 0)
-        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_written)
+        gl.store(d_columns + (i_row + o_m) * GRADIENT_RANK + o_r, b_d_columns, mask=m_first + o_m < n_q)
     o_m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, QUERIES)), 1)
     o_c = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, QUERIES)), 0)
     b_d_query = (b_d_query * unit).to(d_query.dtype.element_ty)
-    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_written) & (o_c < C))
+    gl.store(d_query + (i_row + o_m) * C + o_c, b_d_query, mask=(m_first + o_m < n_q) & (o_c < C))
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
+@gluon.jit(do_not_specialize=["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
 def queries_teams_kernel(
-    q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, level, delta, d_lse,
-    d_query, d_columns, d_slopes,
-    n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
-    C: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
+    q, k, v, d_out, q_columns, k_columns, gradient_columns, bias, slopes, out, lse, d_lse, level, delta,
+    d_query, d_columns, d_slopes, n_q, n_k, n_inner, n_heads, group, offset, unit,
+    C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, their factor columns and slopes; what is read but for vectors are tensor descriptors."""
+    """Statistics of queries, which the other kernels read, and gradients of queries, their factor columns and slopes.
+
+    What is read in tiles of features or columns, but for the output, are tensor descriptors.
+    """
+    gl.static_assert(TEAMS == 1 and PITCH % BLOCK_M == 0)
     CHUNKS: gl.constexpr = RANK // CHUNK
     DENSE: gl.constexpr = bias is not None
-    SPAN: gl.constexpr = BLOCK_M if DENSE else BLOCK_M * TEAMS  # queries of a program
-    n_programs = gl.cdiv(n_q, SPAN)
+    n_programs = gl.cdiv(n_q, BLOCK_M)
     i_program, i_b, i_h, i_kv = program(n_programs, n_heads, group)
-    if DENSE:
-        i_b *= TEAMS
     i_o, i_i = batch_row(i_b, n_inner)
-    m_first = (n_programs - 1 - i_program) * SPAN  # the longest first, if causal
+    m_first = (n_programs - 1 - i_program) * BLOCK_M  # the longest first, if causal
     n_end = n_k
     if CAUSAL:
-        n_end = gl.minimum(n_k, m_first + SPAN + offset)
+        n_end = gl.minimum(n_k, m_first + BLOCK_M + offset)
     n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1)  # a tile that nobody attends to still makes zeros
 
-    own, own_rooms = (q, d_out), (rooms_for(q, TEAMS), rooms_for(d_out, TEAMS))
-    ROWS: gl.constexpr = STAGES * (TEAMS if DENSE else 1)
-    passing, rooms = (k, v), (rooms_for(k, ROWS), rooms_for(v, ROWS))
+    own, own_rooms = (q, d_out), (rooms_for(q, 1), rooms_for(d_out, 1))
+    passing, rooms = (k, v), (rooms_for(k, STAGES), rooms_for(v, STAGES))
     if DENSE:
         passing, rooms = passing + (bias,), rooms + (rooms_for(bias, STAGES),)
     if RANK > 0:
-        own, own_rooms = own + (q_columns,), own_rooms + (rooms_for(q_columns, TEAMS * CHUNKS),)
+        own, own_rooms = own + (q_columns,), own_rooms + (rooms_for(q_columns, CHUNKS),)
         passing, rooms = passing + (k_columns,), rooms + (rooms_for(k_columns, STAGES * CHUNKS),)
     if GRADIENT_RANK > 0:
         passing, rooms = passing + (gradient_columns,), rooms + (rooms_for(gradient_columns, STAGES),)
-    ready = (barriers(TEAMS, 1), barriers(STAGES, 1))
-    free = barriers(STAGES, TEAMS)
+    ready = (barriers(1, 1), barriers(STAGES, 1))
+    free = barriers(STAGES, 1)
     # Tuples that have a name lose what is constant in them.
     what = ((i_b * n_heads + i_h).to(gl.int64), m_first, n_tiles, slope_of(slopes, level, i_o, i_i, i_h))
+    forward = (out, lse, d_lse)
     made = (d_query, d_columns, d_slopes)
-    rows = (level, delta, d_lse)
-    sizes = (n_q, n_k, n_heads, n_batch * n_heads, offset, unit)
-    where = (i_b, n_inner, i_h, i_h, i_kv, m_first, 0, n_tiles)
+    rows = (level, delta)
+    sizes = (n_q, n_k, offset, unit)
+    where = (i_o, i_i, i_h, i_h, i_kv, m_first, 0, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
-    if TEAMS == 1:
-        gl.warp_specialize([
-            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
-                    True)),
-        ], [1], [LOADER])  # fmt: skip
-    elif TEAMS == 2:
-        gl.warp_specialize([
-            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
-            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
-                    True)),
-        ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (compute, (0, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
-            (compute, (1, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
-            (compute, (2, own_rooms, rooms, ready, free, what, made, rows, sizes, C, SLOPES, CAUSAL, CHUNKS,
-                       GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE, TEAMS)),
-            (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, TEAMS,
-                    True)),
-        ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
+    gl.warp_specialize([
+        (compute, (own_rooms, rooms, ready, free, what, forward, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
+                   GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE)),
+        (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, True)),
+    ], [1], [LOADER])  # fmt: skip
 
 
 def backward(
-    call: Call, tiles: Tiles, statistics: dict[str, Any], d_lse: Tensor | None, d_query: Tensor,
+    call: Call, tiles: Tiles, statistics: dict[str, Any], forward: Forward, d_query: Tensor,
     d_slopes: Tensor | None, d_columns: Tensor | None, gradient_columns: terms.Block | None, split: bool, excess: bool,
 ) -> bool:  # fmt: skip
     """Write the gradients of queries, slopes and factor columns of a call that `plan.teams` gives to this kernel.
 
-    False, with nothing written, where what is read lies in memory so that hardware cannot copy tiles of it.
+    It makes the statistics, too. False, with nothing written, where what is read lies in memory so that hardware cannot
+    copy tiles of it.
     """
     rank = 0 if d_columns is None else d_columns.shape[-1]
     read = gradients(call, statistics["d_out"], gradient_columns, (tiles.block_m, tiles.block_n), rank)
     if read is None:
         return False
     level = statistics["level"]
-    given = {"d_lse": d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
-    made = {"slopes": call.terms.slopes, "level": level, "delta": statistics["delta"], "d_query": d_query}
+    given = {"d_lse": forward.d_lse, "d_columns": d_columns, "d_slopes": d_slopes}
+    made = {"slopes": call.terms.slopes, "out": forward.out, "lse": forward.lse}
+    made |= {"level": level, "delta": statistics["delta"], "d_query": d_query}
     made |= {name: level if tensor is None else tensor for name, tensor in given.items()}  # one that is not looked at
     n_tiles = plan.cdiv(d_query.shape[-2], tiles.block_m)
     programs = plan.team_programs(tiles, n_tiles, d_query.shape, call.frame.traits)
     launch(
         queries_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles) | read, made,
-        GRADIENT_RANK=rank, SPLIT=split, EXCESS=excess, D_SLOPES=d_slopes is not None, D_LSE=d_lse is not None,
+        GRADIENT_RANK=rank, SPLIT=split, EXCESS=excess, D_SLOPES=d_slopes is not None, D_LSE=forward.d_lse is not None,
     )  # fmt: skip
     return True

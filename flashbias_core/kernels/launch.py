@@ -14,7 +14,7 @@ from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
 from flashbias.tiles import Tiles
 
-from .backward import PITCH, Far, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .backward import PITCH, Far, Forward, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .call import Call, prepare
 from .columns import GradientColumns, gradient_columns, gradient_width
 from .expansion import FACTORS, expanded, factor_gradients
@@ -91,7 +91,7 @@ def backward(
         return made
     rows = query.shape[:-2].numel()
     pitch = plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
-    level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32)
+    level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32).unbind()
     low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if query.dtype == torch.float32 else None
     d_lse = None if grad_lse is None else grad_lse.contiguous()
     better = low is not None or bool(names & {"slopes", "table"})
@@ -103,15 +103,12 @@ def backward(
     with _on(query):
         call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
         statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
-        call.launch(
-            delta_kernel, (pitch // DELTA_ROWS * rows, 1), d_out=statistics["d_out"], d_lse=d_lse,
-            out=call.frame.layout.block(out), lse=lse, delta=delta, level=level, n_q=query.shape[-2],
-            n_inner=call.frame.layout.inner, n_heads=query.shape[-3], unit=scale, C_V=out.shape[-1],
-            WIDTH_V=call.frame.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
-        )  # fmt: skip
+        given = Forward(out.contiguous(), lse, d_lse)
         # First the queries' side, which improves the statistics for the others where their gradients need it.
         if better or names & {"query", "q_factor"}:
-            gradients |= _query_side(query, operands.k_factor, d_lse, names, call, statistics, better)
+            gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better)
+        else:
+            _make_statistics(query, given, call, statistics)
         if names & {"key", "value", "k_factor"}:
             gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
         if "values" in names and operands.values is not None:
@@ -123,17 +120,29 @@ def backward(
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
 
 
+def _make_statistics(query: Tensor, given: Forward, call: Call, statistics: dict[str, Any]) -> None:
+    """Level and delta of all rows, which the kernels that make gradients read."""
+    rows, pitch = statistics["level"].shape
+    call.launch(
+        delta_kernel, (pitch // DELTA_ROWS * rows, 1), d_out=statistics["d_out"], d_lse=given.d_lse,
+        out=call.frame.layout.block(given.out), lse=given.lse, delta=statistics["delta"], level=statistics["level"],
+        n_q=query.shape[-2], n_inner=call.frame.layout.inner, n_heads=query.shape[-3], unit=call.frame.sizes["unit"],
+        C_V=given.out.shape[-1], WIDTH_V=call.frame.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
+    )  # fmt: skip
+
+
 def _query_side(
-    query: Tensor, k_factor: Tensor | None, d_lse: Tensor | None, names: set[str], call: Call,
+    query: Tensor, k_factor: Tensor | None, given: Forward, names: set[str], call: Call,
     statistics: dict[str, Any], better: bool,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    """Gradients of queries, of their factor and of the slopes; `better` than the dtype of the queries is."""
+    """Statistics, gradients of queries, of their factor and of slopes; `better` than the dtype of the queries is."""
     factor = k_factor if "q_factor" in names else None
     teams = _teams("queries" if factor is None else "q_factor", query, factor, call, statistics)
     if teams:
-        by_teams = _queries_by_teams(query, factor, d_lse, names, call, statistics, better, teams)
+        by_teams = _queries_by_teams(query, factor, given, names, call, statistics, better, teams)
         if by_teams:
             return by_teams
+    _make_statistics(query, given, call, statistics)
     tiles = call.tiles("queries", query)
     side = _columns(factor, query, tiles)
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
@@ -145,7 +154,7 @@ def _query_side(
         parts.append(query.new_empty((*query.shape[:-1], stop - start), dtype=torch.float32))
         call.launch(
             queries_kernel, (plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(), 1), tiles, **made,
-            d_lse=d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
+            d_lse=given.d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
             gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
             SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip
@@ -201,7 +210,7 @@ def _teams(kind: str, query: Tensor, factor: Tensor | None, call: Call, statisti
 
 
 def _queries_by_teams(
-    query: Tensor, k_factor: Tensor | None, d_lse: Tensor | None, names: set[str], call: Call,
+    query: Tensor, k_factor: Tensor | None, given: Forward, names: set[str], call: Call,
     statistics: dict[str, Any], better: bool, tiles: Tiles,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """What `_query_side` gives, by teams of warps; empty where they do not serve."""
@@ -212,7 +221,7 @@ def _queries_by_teams(
     d_slopes = _per_row(query) if "slopes" in names else None
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
     split = _is_split(k_factor, query)
-    if not hopper_queries.backward(call, tiles, statistics, d_lse, d_query, d_slopes, columns, block, split, better):
+    if not hopper_queries.backward(call, tiles, statistics, given, d_query, d_slopes, columns, block, split, better):
         return {}
     slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
     q_factor = None if side is None or columns is None else side.combine(columns)

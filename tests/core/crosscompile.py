@@ -26,7 +26,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashbias import biased_attention, plan
-from flashbias.kernels import columns, launch
+from flashbias.kernels import call, columns, launch
 from flashbias.tiles import Tiles, select
 
 KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel", "table_kernel")
@@ -64,6 +64,7 @@ class Recorder:
 
     def __init__(self, kernel: Any, arch: int, reports: list[dict[str, Any]]) -> None:
         self.kernel, self.arch, self.reports = kernel, arch, reports
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self._compile
@@ -172,9 +173,11 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
     plan.has_bf16x6 = lambda device: kept_bf16x6(torch.device("cuda"))
     plan.has_teams, plan.TEAM_WORK = (lambda device: teams), 0
+    call._frame.cache_clear()  # which keeps the tiles of the last architecture
     try:
         run()
     finally:
+        call._frame.cache_clear()
         for (module, name), kernel in kept.items():
             setattr(module, name, kernel)
         plan.tiles, plan.backend = kept_tiles, kept_backend

@@ -127,11 +127,13 @@ def _gradients(
     query, key, value, *fields, scale = inputs
     names = {name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want}
     made = _backend(query).backward(grad_out, grad_lse, out, lse, query, key, value, Operands(*fields), scale, names)
-    # Contiguous, as the compiler is told: the kernels' gradients of factors are views of wider ones.
-    return [
-        made[name].to(inputs[position].dtype).contiguous() if name in names else None
-        for name, position in DIFFERENTIABLE.items()
-    ]
+    return [_like(inputs[position], made[name]) if name in names else None for name, position in DIFFERENTIABLE.items()]
+
+
+def _like(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """In the dtype of the tensor, and contiguous, as the compiler is told: those of factors are views of wider ones."""
+    gradient = gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
+    return gradient if gradient.is_contiguous() else gradient.contiguous()
 
 
 @torch.library.register_fake("flashbias::attention_backward", lib=_LIBRARY)

@@ -488,3 +488,14 @@ def values_kernel(
         o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         p_values = p_plane + o_m.to(tl.int64) * n_k + o_n[None, :]
         tl.store(p_values, b_d_values, mask=(o_m < n_q) & (o_n[None, :] < n_k))
+
+
+@triton.jit(do_not_specialize=["n", "n_parts"])
+def sum_parts_kernel(parts, out, n, n_parts, BLOCK: tl.constexpr):
+    """`out = sum_i parts[i]`, of n entries each."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for _ in range(n_parts):
+        b_sum += tl.load(parts + o, mask=o < n, other=0.0)
+        parts += n
+    tl.store(out + o, b_sum.to(out.dtype.element_ty), mask=o < n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,25 +9,29 @@ import torch
 from torch import Tensor
 
 from flashbias import plan
-from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
 from flashbias.tiles import Tiles
 
-from .backward import PITCH, Far, Forward, Low, delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .backward import (
+    PITCH,
+    Far,
+    Forward,
+    Low,
+    delta_kernel,
+    keys_kernel,
+    queries_kernel,
+)
+from .bias_gradients import table_gradient, values_gradient
 from .call import Call, prepare
 from .columns import GradientColumns, gradient_columns, gradient_width
 from .expansion import FACTORS, expanded, factor_gradients
 from .forward import combine_kernel, forward_kernel
 from .layout import reduce_to
-from .table import table_kernel
-from .terms import BAND as TABLE_BAND
 from .terms import Block
 
 DELTA_ROWS = 32
 WIDE = 128  # features
 FEW_COLUMNS = 4
-BAND = TABLE_BAND.value
-BAND_ENTRIES = 1 << 26  # of bands of dS in memory at a time
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -78,22 +81,28 @@ def backward(
     names: set[str],
 ) -> dict[str, Tensor]:
     """Gradients of the inputs in `names`, in their shapes. What is shared or broadcast is summed in a fixed order."""
-    inputs = {"query": query, "key": key, "value": value, **vars(operands)}
-    if out.numel() == 0 or key.numel() == 0:
-        return {name: torch.zeros_like(inputs[name]) for name in names}
+    given = Forward(out.contiguous(), lse, None if grad_lse is None else grad_lse.contiguous())
     multiplied = expanded(query, key.shape[-2], operands)
-    if multiplied is not None:
-        factors = names & set(FACTORS)
-        wanted = names - factors | ({"values"} if factors else set())
-        made = backward(grad_out, grad_lse, out, lse, query, key, value, multiplied, scale, wanted)
-        if factors:
-            made |= factor_gradients(made.pop("values"), operands, factors)
-        return made
+    if multiplied is None:
+        return _gradients(grad_out, given, query, key, value, operands, scale, names)
+    factors = names & set(FACTORS)
+    wanted = names - factors | ({"values"} if factors else set())
+    made = _gradients(grad_out, given, query, key, value, multiplied, scale, wanted, torch.float32)
+    return made | (factor_gradients(made.pop("values"), operands, factors) if factors else {})
+
+
+def _gradients(
+    grad_out: Tensor, given: Forward, query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float,
+    names: set[str], values_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What `backward` gives; the gradient of values in another dtype than theirs where one is named."""
+    inputs = {"query": query, "key": key, "value": value, **vars(operands)}
+    if given.out.numel() == 0 or key.numel() == 0:
+        return {name: torch.zeros_like(inputs[name]) for name in names}
     rows = query.shape[:-2].numel()
     pitch = plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
     level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32).unbind()
     low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if query.dtype == torch.float32 else None
-    d_lse = None if grad_lse is None else grad_lse.contiguous()
     better = low is not None or bool(names & {"slopes", "table"})
     # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
     better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
@@ -103,7 +112,6 @@ def backward(
     with _on(query):
         call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
         statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
-        given = Forward(out.contiguous(), lse, d_lse)
         # First the queries' side, which improves the statistics for the others where their gradients need it.
         if better or names & {"query", "q_factor"}:
             gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better)
@@ -112,10 +120,11 @@ def backward(
         if names & {"key", "value", "k_factor"}:
             gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
         if "values" in names and operands.values is not None:
-            gradients["values"] = _values_gradient(query, key.shape[-2], operands.values, call, statistics)
+            dtype = values_dtype or operands.values.dtype
+            gradients["values"] = values_gradient(query, key.shape[-2], operands.values, dtype, call, statistics)
         if "table" in names and operands.table is not None:
             far = gradients["before"], gradients["behind"]
-            gradients["table"] = _table_gradient(query, key.shape[-2], operands, far, call, statistics)
+            gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
 
@@ -277,71 +286,6 @@ def _is_split(factor: Tensor | None, query: Tensor) -> bool:
     if factor is None or query.dtype == torch.float32:
         return False
     return factor.dtype != query.dtype or factor.shape[-1] <= FEW_COLUMNS
-
-
-def _values_gradient(query: Tensor, n_k: int, values: Tensor, call: Call, statistics: dict[str, Any]) -> Tensor:
-    """The gradient of a dense bias, in its shape: one program sums one tile over all that shares it."""
-    layout, n_q = call.frame.layout, query.shape[-2]
-    own = layout.sizes(values)
-    shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
-    one_row = values.shape[-2] == 1 and n_q > 1
-    teams = call.teams("values", query)
-    if teams:
-        from . import hopper_values
-
-        programs = plan.values_programs(teams, n_q, n_k) * own[-1]
-        splits = plan.values_splits(teams, programs, math.prod(shared), query.device)
-        planes = query.new_empty((splits, own[-1], n_q, n_k), dtype=torch.float32)
-        if hopper_values.backward(call, teams, statistics, planes):
-            return planes.sum(0).reshape(values.shape)
-    tiles = call.tiles("values", query)
-    n_m, n_n = plan.cdiv(n_q, tiles.block_m), plan.cdiv(n_k, tiles.block_n)
-    programs = math.prod(own) * n_n * (1 if one_row else n_m)
-    members = math.prod(shared) * (n_m if one_row else 1)
-    splits = plan.splits(programs, members, query.device)
-    planes = query.new_empty((splits, *own, values.shape[-2], n_k), dtype=torch.float32)
-    call.launch(
-        values_kernel, (programs * splits, 1), tiles, d_values=planes, n_outer_shared=shared[0],
-        n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, ONE_ROW=one_row, **statistics,
-    )  # fmt: skip
-    return planes.sum(0).reshape(values.shape)
-
-
-def _table_gradient(
-    query: Tensor, n_k: int, operands: Operands, far: tuple[Tensor | None, ...], call: Call, statistics: dict[str, Any]
-) -> Tensor:
-    """The gradient of a table by distance, in its shape; `far` are the sums `(*batch, H)` beyond its reach."""
-    table, layout, n_q = operands.table, call.frame.layout, query.shape[-2]
-    assert table is not None
-    full = layout.outer, layout.inner, layout.heads
-    own = [size if size == 1 else most for size, most in zip(layout.sizes(table.unsqueeze(-2)), full, strict=True)]
-    offset = operands.offset if operands.offsets is None else operands.offsets[..., None]
-    if isinstance(offset, Tensor):  # which columns are near is then a batch's own
-        own[:2] = full[:2]
-    shared = [most // size for most, size in zip(full, own, strict=True)]
-    reach, last_band = table.shape[-1] // 2, (n_q - 1) // BAND * BAND
-    near = offset - reach + 1 & -BAND
-    near = near.clamp(min=-last_band) if isinstance(near, Tensor) else max(near, -last_band)
-    # As many columns as `near_keys` has at any offset; under a causal mask those behind are not attended to.
-    width = plan.cdiv(min((1 if operands.causal else 2) * reach + 3 * BAND, n_k + last_band), BAND) * BAND
-    step = max(BAND_ENTRIES // (math.prod(own) * BAND**2), 1) * BAND
-    tiles = call.tiles("values", query)
-    total = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
-    for start in range(0, width, step):
-        columns = min(step, width - start)
-        programs = math.prod(own) * (BAND // tiles.block_m) * (columns // tiles.block_n)
-        splits = plan.splits(programs, math.prod(shared) * plan.cdiv(n_q, BAND), query.device)
-        bands = query.new_empty((splits, *own, BAND, columns), dtype=torch.float32)
-        call.launch(
-            table_kernel, (programs * splits, 1), tiles, d_bands=bands, n_outer_shared=shared[0],
-            n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, start=start, width=columns,
-            **statistics,
-        )  # fmt: skip
-        sums = sum_diagonals(bands.sum(0)).reshape(*layout.unfolded(own), -1)
-        total += reduce_to(fold(sums.double(), near + start - (BAND - 1) - offset, table.shape[-1]), table.shape)
-    for place, rows in ((0, far[0]), (-1, far[1])):
-        total[..., place] += reduce_to(rows, table.shape[:-1])
-    return total
 
 
 def _per_row(query: Tensor) -> Tensor:

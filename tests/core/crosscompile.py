@@ -26,10 +26,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashbias import biased_attention, plan
-from flashbias.kernels import call, columns, launch
+from flashbias.kernels import bias_gradients, call, columns, launch
 from flashbias.tiles import Tiles, select
 
-KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "values_kernel", "table_kernel")
+KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel")
+BIAS_GRADIENTS = ("values_kernel", "sum_parts_kernel", "table_kernel")
 COLUMNS = ("largest_kernel", "score_columns_kernel", "gradient_columns_kernel")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
@@ -154,6 +155,7 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     """Reports of all kernels that `run()` would launch on a device of that architecture, with teams where they can."""
     reports: list[dict[str, Any]] = []
     places = [(launch, name) for name in KERNELS] + [(columns, name) for name in COLUMNS]
+    places += [(bias_gradients, name) for name in BIAS_GRADIENTS]
     if teams:
         from flashbias.kernels import hopper, hopper_keys, hopper_queries, hopper_values
 

@@ -65,12 +65,12 @@ def test_bands_of_long_rows(case: Case, place: str) -> None:
 @pytest.mark.parametrize("tile", ["32x32/4/1", "64x16/4/1"])
 def test_parts_of_the_gradient_do_not_change_it(tile: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Members split among programs, and columns taken a band at a time."""
-    from flashbias.kernels import launch
+    from flashbias.kernels import bias_gradients
 
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
     monkeypatch.setattr(plan, "tiles", lambda *args: parse(tile))
     monkeypatch.setattr(plan, "splits", lambda *args: 3)
-    monkeypatch.setattr(launch, "BAND_ENTRIES", 1)
+    monkeypatch.setattr(bias_gradients, "BAND_ENTRIES", 1)
     check(Case("table", "causal_tensor", n_q=140, n_k=150, broadcast="missing", heads=1), device)
     check(Case("table_long", "lengths", torch.float16, n_q=140, n_k=150, broadcast="batch", heads=1), device)
 

@@ -161,6 +161,10 @@ def test_compiled_training(neural_solver, make_model, precision):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and str(STAND_IN) != CHECKOUT,
+    reason="the library's own kernel ends with an illegal memory access under triton 3.6, and with it the process",
+)
 def test_differences_and_times_of_layers_are_reported(neural_solver, make_model, monkeypatch):
     monkeypatch.setenv("FLASHBIAS_VERIFY", "1")
     monkeypatch.setenv("FLASHBIAS_PROFILE", "1")

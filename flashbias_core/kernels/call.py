@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -257,10 +257,17 @@ def _aligned(values: Tensor) -> Tensor:
             values = values.narrow(dim, 0, 1)
     step = 16 if values.shape[-2] == 1 else 16 // values.element_size()
     if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
+        _load_copy(values.device, values.dtype)
         return values
     n_k = values.shape[-1]
     padded = values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k]
     return padded.copy_(values)
+
+
+@cache
+def _load_copy(device: torch.device, dtype: torch.dtype) -> None:
+    """Have torch load its kernel for the copy above with the first call, which takes seconds: 10 to 40 milliseconds."""
+    torch.empty((2, 2), dtype=dtype, device=device)[:, :1].copy_(torch.empty((2, 1), dtype=dtype, device=device))
 
 
 @lru_cache(maxsize=FRAMES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashbias import ALiBi, Bias
@@ -78,10 +79,12 @@ def attention(
 
 def _bias(positions: Positions, position_bias: Tensor) -> Bias:
     """ALiBi of the steps of the host's tensor: once for all layers, since the model gives all of them that one."""
-    if positions.made.get("position_bias") is not position_bias:
-        positions.made["position_bias"] = position_bias
-        positions.made["steps"] = ALiBi(position_bias[:, 0, -1] - position_bias[:, 0, -2])
-    return positions.made["steps"]
+    known, bias = positions.made.get("position_bias", (None, None))
+    if known is not position_bias:
+        bias = ALiBi(position_bias[:, 0, -1] - position_bias[:, 0, -2])
+        if not torch.compiler.is_compiling():
+            positions.made["position_bias"] = position_bias, bias
+    return bias
 
 
 def _not_covered(

@@ -97,25 +97,31 @@ def _is_factored(positions: Positions, query: Tensor, scale: float) -> bool:
 
 def _factors(positions: Positions, scale: float) -> FactoredBias:
     """`scale * (p_j - p_i)` of the rounded products, by two columns."""
-    q_products, k_products = positions.q_positions, positions.k_positions
-    assert q_products is not None and k_products is not None
+    q_products, k_products = _products(positions)
     q_factor = torch.stack((torch.ones_like(q_products), -q_products), -1) * scale
     return FactoredBias(q_factor, torch.stack((k_products, torch.ones_like(k_products)), -1))
 
 
 def _by_head(positions: Positions, scale: float) -> Positions:
     """Positions `(B, H, N)` of attention whose heads are a batch, under one slope."""
-    assert positions.q_positions is not None and positions.k_positions is not None
+    q_products, k_products = _products(positions)
     return Positions(
         positions.n_q,
         positions.n_k,
         positions.offset,
         None if positions.k_ids is None else positions.k_ids[:, None],
         positions.q_ids,
-        torch.full((1,), scale, device=positions.k_positions.device),
-        positions.q_positions.float(),
-        positions.k_positions.float(),
+        torch.full((1,), scale, device=k_products.device),
+        q_products.float(),
+        k_products.float(),
     )
+
+
+def _products(positions: Positions) -> tuple[Tensor, Tensor]:
+    """Those of the queries and of the keys."""
+    assert positions.q_positions is not None
+    assert positions.k_positions is not None
+    return positions.q_positions, positions.k_positions
 
 
 def _not_covered(

@@ -80,7 +80,7 @@ def biased_attention(
         # Not with `&`, which the compiler of torch 2.7 cannot trace.
         masks = Causal() if masks is None else Both(masks, Causal())
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
-    inputs = (query, key, value, *(value for _, value in operands.items()))
+    inputs = (query, key, value, *operands.in_order())
     _refuse_tangents(inputs)
     out, lse = ops.attend(*inputs, float(scale))
     return (out, lse) if return_lse else out

@@ -43,12 +43,22 @@ class Operands:
     causal: bool = False
     offset: int = 0
 
+    def in_order(self) -> list[Any]:
+        """Values in the order of the operator's schema."""
+        return [getattr(self, name) for name in _NAMES]
+
     def items(self) -> list[tuple[str, Any]]:
         """Names and values in the order of the operator's schema, as `vars`, which breaks the graphs of torch 2.7."""
         return [(name, getattr(self, name)) for name in _NAMES]
 
 
 _NAMES = tuple(field.name for field in fields(Operands))
+# What may be a tensor in a part of a call. To ask each for all names would take the host longer than the rest.
+_TENSORS: dict[type, tuple[str, ...]] = {
+    Causal: ("offset",), KeyPadding: ("lengths",), Segments: ("q_ids", "k_ids"), Allowed: ("allowed",),
+    Rank: ("q_factor", "k_factor"), Linear: ("slopes", "q_positions", "k_positions"), Tile: ("values",),
+    Table: ("table",),
+}  # fmt: skip
 
 
 def gather(
@@ -86,7 +96,7 @@ def gather(
 
 def _check_devices(part: Mask | Term, problem: Problem) -> None:
     """Raise `DeviceError` for a tensor that is not where query is, before it meets others."""
-    for name in _NAMES:
+    for name in _TENSORS.get(type(part), _NAMES):
         value = getattr(part, name, None)
         if isinstance(value, Tensor):
             check_device(name, value, problem.device)

@@ -33,6 +33,7 @@ KEPT = "forward_before_flashbias"
 LONG = 256
 
 P = TypeVar("P", bound="Positions")
+T = TypeVar("T")
 
 
 def names(module: str, function: str) -> bool:
@@ -112,6 +113,7 @@ class Positions:
             for name, value in list(vars(self).items()):
                 if isinstance(value, Tensor):
                     setattr(self, name, value.to(target))
+            self.made.clear()
         return self
 
     def bool(self: P) -> P:
@@ -128,6 +130,14 @@ class Positions:
         ):
             causal = Causal(self.offset)
         return Both(segments, causal) if segments is not None and causal is not None else segments or causal
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, kept for the other layers; not in compiled graphs, where every layer is the first."""
+        if torch.compiler.is_compiling():
+            return make()
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def allowed(self, device: torch.device) -> Tensor:
         """Where a query attends: booleans `(B or 1, 1, Nq, Nk)`."""

@@ -7,12 +7,13 @@ other ALiBi, so each head here gets those products for its key positions: differ
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashbias import FactoredBias
 from flashbias.integrations import language_models
 from flashbias.nn import alibi_slopes
 from flashbias.patches import Patch, PatchSet
@@ -53,16 +54,14 @@ def update_causal_mask(
 
 
 def _round(positions: Positions, config: Any, device: torch.device) -> Positions:
-    """ALiBi as the host rounds it: key positions `(B, H, Nk)`, each head its own, under one slope."""
+    """ALiBi as the host rounds it: in place of key positions products `(B, H, Nk)`, each head its own."""
     count(positions)
     places = positions.k_positions
     if places is None:
         places = torch.arange(positions.n_k, device=device)[None]
-    heads = config.num_attention_heads
-    slopes = alibi_slopes(heads, device).bfloat16()
-    positions.k_positions = (slopes[:, None] * places[:, None, :]).float()
+    slopes = alibi_slopes(config.num_attention_heads, device).bfloat16()
+    positions.k_positions = slopes[:, None] * places[:, None, :]
     positions.q_positions = at_queries(positions, positions.k_positions)
-    positions.slopes = torch.full((1,), 1 / math.sqrt(config.hidden_size // heads), device=device)
     return positions
 
 
@@ -73,13 +72,56 @@ def attention(
     qkv = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (part.transpose(1, 2) for part in qkv)
     key, value = language_models.append(module, layer_past, key, value, options)
-    # Heads as a batch, because each has positions of its own.
-    key, value = (part.expand(-1, module.num_heads, -1, -1).unsqueeze(2) for part in (key, value))
-    positions = attention_mask
-    if positions.k_ids is not None:
-        positions = replace(positions, k_ids=positions.k_ids[:, None])
-    out = positions.attend(query.unsqueeze(2), key, value, module.inv_norm_factor)
-    return module.dense(out.squeeze(2).transpose(1, 2).flatten(2)), None
+    scale = module.inv_norm_factor
+    if _is_factored(attention_mask, query, scale):
+        bias = attention_mask.once("factors", partial(_factors, attention_mask, scale))
+        out = attention_mask.attend(query, key, value, scale, bias)
+    else:
+        # Heads as a batch, because each has positions of its own.
+        key, value = (part.expand(-1, module.num_heads, -1, -1).unsqueeze(2) for part in (key, value))
+        by_head = attention_mask.once("by head", partial(_by_head, attention_mask, scale))
+        out = by_head.attend(query.unsqueeze(2), key, value, scale).squeeze(2)
+    return module.dense(out.transpose(1, 2).flatten(2)), None
+
+
+def _is_factored(positions: Positions, query: Tensor, scale: float) -> bool:
+    """Whether ALiBi goes into the scores by factors: where long calls are fastest so, and as exact.
+
+    The products are, and so is their multiple by a power of two. What a factor of two columns adds to a score is as
+    large as the longest distance, which costs fp32 digits that half precision does not have.
+    """
+    whole = positions.k_ids is None and not isinstance(positions.offset, Tensor)
+    half = query.dtype.itemsize == 2
+    return whole and half and positions.n_q >= language_models.LONG and math.frexp(scale)[0] == 0.5
+
+
+def _factors(positions: Positions, scale: float) -> FactoredBias:
+    """`scale * (p_j - p_i)` of the rounded products, by two columns."""
+    q_products, k_products = _products(positions)
+    q_factor = torch.stack((torch.ones_like(q_products), -q_products), -1) * scale
+    return FactoredBias(q_factor, torch.stack((k_products, torch.ones_like(k_products)), -1))
+
+
+def _by_head(positions: Positions, scale: float) -> Positions:
+    """Positions `(B, H, N)` of attention whose heads are a batch, under one slope."""
+    q_products, k_products = _products(positions)
+    return Positions(
+        positions.n_q,
+        positions.n_k,
+        positions.offset,
+        None if positions.k_ids is None else positions.k_ids[:, None],
+        positions.q_ids,
+        torch.full((1,), scale, device=k_products.device),
+        q_products.float(),
+        k_products.float(),
+    )
+
+
+def _products(positions: Positions) -> tuple[Tensor, Tensor]:
+    """Those of the queries and of the keys."""
+    assert positions.q_positions is not None
+    assert positions.k_positions is not None
+    return positions.q_positions, positions.k_positions
 
 
 def _not_covered(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashbias import ALiBi, biased_attention
+from flashbias import ALiBi, Bias, biased_attention
 from flashbias.integrations import language_models
 
 
@@ -23,14 +23,17 @@ class Positions(language_models.Positions):
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None = None) -> Tensor:
-        """Attention of `(*batch, H, N, C)`, with a layer's own slopes if it has some."""
-        slopes = self.slopes if slopes is None else slopes
-        assert slopes is not None
-        bias = ALiBi(slopes, q_positions=self.q_positions, k_positions=self.k_positions)
-        out = biased_attention(query, key, value, bias, mask=self.mask(), scale=scale)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Bias | None = None) -> Tensor:
+        """Attention of `(*batch, H, N, C)`, with a layer's own bias if it has one."""
+        bias = self.once("bias", self.bias) if bias is None else bias
+        out = biased_attention(query, key, value, bias, mask=self.once("mask", self.mask), scale=scale)
         assert isinstance(out, Tensor)
         return out
+
+    def bias(self) -> Bias:
+        """ALiBi of the layers' common slopes."""
+        assert self.slopes is not None
+        return ALiBi(self.slopes, q_positions=self.q_positions, k_positions=self.k_positions)
 
 
 def count(positions: Positions) -> None:

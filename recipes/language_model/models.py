@@ -128,7 +128,7 @@ def as_asked(attention: str) -> Iterator[None]:
     from flashbias.integrations import alibi
     from flashbias.integrations.alibi.positions import Positions
 
-    def without_bias(self: Any, query: Any, key: Any, value: Any, scale: float, slopes: Any = None) -> Any:
+    def without_bias(self: Any, query: Any, key: Any, value: Any, scale: float, bias: Any = None) -> Any:
         shape = query.shape
         if query.dim() > 4:  # Falcon's heads are a batch; torch's fused kernels take four dimensions
             query, key, value = (part.flatten(1, -3) for part in (query, key, value))

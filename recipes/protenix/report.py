@@ -50,7 +50,7 @@ def compare(request: Request) -> tuple[list[dict[str, Any]], dict[str, bool | No
     In fp32 (tf32 off) beside the torch kernel with other chunks of rows, in bf16 beside the kernels that Protenix takes
     by default, or the next that is here. Writes protenix_compare.csv. Returns the rows, and whether what is
     promised holds: coordinates in fp32 at most twice as far away as other chunks bring them, in bf16 no further than
-    the default kernels, up to a tenth: nearly all of that distance is due to bf16 elsewhere, and differs by chance.
+    the default kernels; nearly all of that distance is due to bf16 elsewhere, and differs by chance.
     None: could not be measured.
     """
     from flashbias.recipes.machine import choose_device

@@ -98,6 +98,16 @@ def test_table_has_a_row_for_every_kernel(tmp_path):
     assert (tmp_path / "protenix_table.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("tf32", "installed", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_the_default_multiplication_stays_where_it_is_installed(built, monkeypatch, tf32, installed, expected):
+    monkeypatch.setattr(whole.importlib.util, "find_spec", lambda name: installed or None)
+    with whole.computed_by(whole.Variant(whole.OURS, tf32=tf32), built):
+        assert built.configs.triangle_multiplicative == ("cuequivariance" if expected else "torch")
+    assert built.configs.triangle_multiplicative == "torch"
+
+
 def test_rows_can_be_chosen(tmp_path):
     arguments = ["protenix", "table", *SMALL, "--kernels", f"{whole.NO_BIAS},torch", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)

@@ -74,7 +74,7 @@ def test_nothing_is_lost_that_tf32_keeps(scales):
     theirs, ours = attention(*inputs, bias, as_tf32), by_halves(*inputs, bias)
     assert ours.dtype == torch.float32
     if max(scales) < 1e20:  # where scores overflow fp32 nothing can be compared
-        assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+        assert (ours - exact).norm() <= 1.3 * (theirs - exact).norm()
     assert ours.isfinite().all()
 
 
@@ -87,7 +87,17 @@ def test_heads_have_units_of_their_own():
     exact = attention(*(x.double() for x in (*inputs, bias)))
     theirs, ours = attention(*inputs, bias, as_tf32), by_halves(*inputs, bias)
     for head in range(2):
-        assert (ours - exact)[:, head].norm() <= 1.2 * (theirs - exact)[:, head].norm()
+        assert (ours - exact)[:, head].norm() <= 1.3 * (theirs - exact)[:, head].norm()
+
+
+def test_halves_lie_as_what_they_are_made_of():
+    query, key, value = (x.transpose(-2, -3).contiguous().transpose(-2, -3) for x in draw())
+    for made, x in zip(precision.as_halves(query, key, value), (query, key, value), strict=False):
+        assert made.stride() == x.stride()
+    out = draw()[0].half()
+    made = precision.in_units(out, torch.ones(2, 2, 1, 1, device=DEVICE))
+    assert made.shape == (2, 150, 2, 24)
+    assert made.is_contiguous()
 
 
 def test_nan_stays_in_its_head():

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from flashbias.patches import OtherHostError, PatchError, PatchSet
 
 from . import profile, verify
 
+P = ParamSpec("P")
 logger = logging.getLogger("flashbias.integrations")
 
 _said: set[str] = set()
@@ -170,7 +171,7 @@ class Replacement:
         return self.forward(module, *args, **kwargs)
 
 
-def _run_while_traced(function: Callable[[str], bool]) -> Callable[[str], bool]:
+def run_while_traced(function: Callable[P, bool]) -> Callable[P, bool]:
     """Under torch.compile: called while the graph is made, without a break in it.
 
     That is `torch.compiler.assume_constant_result`, which would load the compiler at once: a second of every start.
@@ -179,7 +180,7 @@ def _run_while_traced(function: Callable[[str], bool]) -> Callable[[str], bool]:
     return function
 
 
-@_run_while_traced
+@run_while_traced
 def say_once(message: str) -> bool:
     """Log a message, unless it has been logged before; returns whether it has just been logged."""
     if message in _said:
@@ -194,7 +195,7 @@ def was_called(name: str) -> bool:
     return any(called.partition(" ")[0] == name for called in _called)
 
 
-@_run_while_traced
+@run_while_traced
 def _note_call(name: str) -> bool:
     _called.add(name)
     return True

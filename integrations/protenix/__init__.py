@@ -11,6 +11,10 @@ undoes it. Weights and state dicts stay what they are.
 - The biases of a diffusion step do not change from step to step: within a call of `Protenix.sample_diffusion` each
   block makes its own once, and it is freed at the end. `configure(bias_cache_gb=...)` limits the memory for that.
 
+The diffusion and the confidence head are in fp32. Where Protenix permits products of tf32 there (`enable_tf32`, on by
+default), inference computes attention between tokens, and triangle attention, from fp16 with a unit for each head: it
+has tf32's mantissa. `precision.py` decides. Anywhere else fp32 means fp32.
+
 Where the configuration asks for cuEquivariance's triangle multiplication and cuEquivariance is not installed, Protenix'
 own torch code computes it.
 """

@@ -9,6 +9,7 @@ from flashbias import DenseBias, biased_attention
 from flashbias.integrations.integration import Replacement
 from flashbias.patches import Patch
 
+from . import precision
 from .diffusion import kept_bias
 from .inputs import not_computable, with_aligned_rows
 
@@ -24,10 +25,10 @@ def attention(
     `enable_efficient_fusion`.
     """
     bias = kept_bias(module, lambda: with_aligned_rows(_bias(module, z, enable_efficient_fusion)))
-    query, key, value = module.attention._prep_qkv(q_x=q, kv_x=kv, apply_scale=False)
+    query, key, value, unit = precision.as_permitted(*module.attention._prep_qkv(q, kv, apply_scale=False))
     out = biased_attention(query, key, value, DenseBias(bias), scale=module.attention.c_hidden**-0.5)
     assert isinstance(out, Tensor)
-    return module.attention._wrap_up(out.transpose(-2, -3), q)
+    return module.attention._wrap_up(precision.in_units(out, unit), q)
 
 
 def _bias(module: Any, z: Tensor, fused: bool) -> Tensor:

@@ -17,6 +17,7 @@ from flashbias import DenseBias, Mask, Segments, biased_attention
 from flashbias.integrations.integration import Replacement, say_once
 from flashbias.patches import Patch
 
+from . import precision
 from .inputs import not_computable, with_aligned_rows
 
 
@@ -36,7 +37,10 @@ def attention(
         x = x.transpose(-2, -3)
         mask = None if mask is None else mask.transpose(-1, -2)
     x = module.layer_norm(x)
-    bias = DenseBias(with_aligned_rows(module.linear(x).movedim(-1, -3)).unsqueeze(-4))  # (*batch, 1, H, N, N)
+    values = module.linear(x).movedim(-1, -3)
+    if precision.permits_halves(x):
+        values = precision.to_half(values)
+    bias = DenseBias(with_aligned_rows(values).unsqueeze(-4))  # (*batch, 1, H, N, N)
     if chunk_size is None:
         out = _attend(module.mha, x, bias, mask)
     else:
@@ -54,10 +58,11 @@ def attention(
 
 def _attend(mha: Any, x: Tensor, bias: DenseBias, mask: Tensor | None) -> Tensor:
     """Gated attention within each row of x, `(*batch, rows, N, c)`."""
-    query, key, value = mha._prep_qkv(x, x, apply_scale=False)  # views (*batch, rows, H, N, C)
+    # Views (*batch, rows, H, N, C), unless they are halves.
+    query, key, value, unit = precision.as_permitted(*mha._prep_qkv(x, x, apply_scale=False))
     out = biased_attention(query, key, value, bias, mask=_segments(mask), scale=mha.c_hidden**-0.5)
     assert isinstance(out, Tensor)
-    out = out.transpose(-2, -3)
+    out = precision.in_units(out, unit)
     if mha.linear_g is not None:
         gate = mha.sigmoid(mha.linear_g(x)).unflatten(-1, (mha.no_heads, -1))
         # In this order the product has the layout of the gate, whose heads lie side by side.

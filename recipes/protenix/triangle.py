@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .host import stand_ins
+
 CHUNKS = {1024: None, 1536: 512, 2048: 256, 2560: 128}  # rows in a chunk up to so many tokens, as Protenix 2 has it
 HEADS, HEAD_DIM, CHANNELS = 4, 32, 128
 CHECKED_ROWS = 4
@@ -36,7 +38,8 @@ def make_module(device: str, dtype: Any) -> Any:
     """A triangle attention of the base model, with weights that leave nothing at zero."""
     import torch
 
-    host = importlib.import_module("protenix.model.triangular.triangular")
+    with stand_ins():
+        host = importlib.import_module("protenix.model.triangular.triangular")
     module = host.TriangleAttention(CHANNELS, HEAD_DIM, HEADS)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -140,7 +143,7 @@ def measure(tokens: int, device: str, repeats: int, names: Sequence[str]) -> lis
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write the CSV."""
+    """Measure, print, and write the CSV, number of tokens by number of tokens."""
     import torch
 
     from flashbias.recipes.machine import choose_device, write_rows
@@ -154,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = choose_device(options.device)
     names = options.kernels or kernels(device)
-    with torch.no_grad():
-        rows = [row for tokens in options.tokens for row in measure(tokens, device, options.repeats, names)]
-    write_rows(options.out, rows, device)
+    rows: list[dict[str, Any]] = []
+    for tokens in options.tokens:
+        with torch.no_grad():
+            rows += measure(tokens, device, options.repeats, names)
+        write_rows(options.out, rows, device)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,26 @@ def test_table_has_a_row_for_every_kernel(tmp_path):
     assert (tmp_path / "protenix_table.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("tf32", "installed", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_the_default_multiplication_stays_where_it_is_installed(built, monkeypatch, tf32, installed, expected):
+    monkeypatch.setattr(whole.importlib.util, "find_spec", lambda name: installed or None)
+    with whole.computed_by(whole.Variant(whole.OURS, tf32=tf32), built):
+        assert built.configs.triangle_multiplicative == ("cuequivariance" if expected else "torch")
+    assert built.configs.triangle_multiplicative == "torch"
+
+
+def test_rows_can_be_chosen(tmp_path):
+    arguments = ["protenix", "table", *SMALL, "--kernels", f"{whole.NO_BIAS},torch", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = read(tmp_path / "protenix_table.csv")
+    assert list(rows) == [whole.NO_BIAS, "torch"]
+    assert {row["against"] for row in rows.values()} == {whole.NO_BIAS}
+    assert float(rows["torch"]["rmsd_mean"]) > 0
+
+
 def test_a_failing_row_says_why_and_the_others_go_on(tmp_path, monkeypatch):
     def failing(host, features, variant, *others, run=whole.run):
         if variant.kernel == whole.NO_BIAS:
@@ -138,7 +158,9 @@ def test_sweep_measures_every_part(tmp_path, monkeypatch):
     assert (tmp_path / "protenix_sweep.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("wrong", [("table", "--dtype", "fp64"), ("sweep", "--parts", "all")])
+@pytest.mark.parametrize(
+    "wrong", [("table", "--dtype", "fp64"), ("table", "--kernels", "all,torch"), ("sweep", "--parts", "all")]
+)
 def test_wrong_choices_are_refused(wrong):
     done = CliRunner().invoke(app, ["protenix", *wrong])
     assert done.exit_code == 2

@@ -144,6 +144,53 @@ def test_local_attention_makes_its_biases_once_too(host, sample, stock, calls):
         torch.testing.assert_close(ours, sample(**others), rtol=1e-4, atol=1e-4)
 
 
+class NormalizingDenoiser(Denoiser):
+    """One that normalises pairs for its token transformer, as `DiffusionModule` does; notes how many."""
+
+    def __init__(self, host):
+        super().__init__(host)
+        self.normalize = nn.LayerNorm(12, elementwise_affine=False)
+        self.pairs = []
+
+    def forward(self, pair_z, x_noisy, t_hat_noise_level, s_trunk, enable_efficient_fusion=False, **others):
+        z = self.normalize(pair_z).movedim(-1, -3).contiguous()
+        self.pairs.append(z[0, 0].numel())
+        scale = t_hat_noise_level[..., None, None]
+        a = self.diffusion_transformer(self.into(x_noisy / (1 + scale)), s_trunk, z, enable_efficient_fusion=True)
+        return x_noisy / (1 + scale) + self.out(a)
+
+
+@pytest.fixture
+def normalizing(host):
+    return give_structure(NormalizingDenoiser(host)).eval()
+
+
+def test_pairs_that_nothing_reads_are_not_normalised(sample, normalizing, stock):
+    ours = sample(denoise_net=normalizing)
+    assert normalizing.pairs == [N * N] + [1] * (len(normalizing.pairs) - 1)
+    assert len(normalizing.pairs) > 1
+    assert not normalizing.normalize._forward_pre_hooks
+    normalizing.pairs.clear()
+    with stock():
+        torch.testing.assert_close(ours, sample(denoise_net=normalizing), rtol=1e-4, atol=1e-4)
+    assert set(normalizing.pairs) == {N * N}
+
+
+@pytest.mark.parametrize("reader", ["a block whose bias is not kept", "a block that is the host's", "a verified run"])
+def test_pairs_are_there_where_something_reads_them(protenix, sample, normalizing, stock, monkeypatch, reader):
+    if reader == "a block whose bias is not kept":
+        protenix.configure(bias_cache_gb=1.5 * BYTES_OF_A_BIAS / 1e9)
+    elif reader == "a block that is the host's":
+        block = normalizing.diffusion_transformer.blocks[1]
+        block.attention_pair_bias.attention.register_forward_hook(lambda *args: None)
+    else:
+        monkeypatch.setenv("FLASHBIAS_VERIFY", "1")
+    ours = sample(denoise_net=normalizing)
+    assert set(normalizing.pairs) == {N * N}
+    with stock():
+        torch.testing.assert_close(ours, sample(denoise_net=normalizing), rtol=1e-4, atol=1e-4)
+
+
 def test_another_target_gets_other_biases(sample, stock):
     sample()
     other = {"pair_z": torch.randn(1, N + 3, N + 3, 12, device=DEVICE), "s_inputs": torch.randn(N + 3, 8)}

@@ -1,0 +1,203 @@
+"""Halves in the place of tf32: where they are used, and what they lose beside tf32."""
+
+import copy
+
+import pytest
+import torch
+
+from flashbias import DenseBias, biased_attention
+from flashbias.integrations.protenix import precision
+
+from .conftest import DEVICE, give_structure
+
+SCALE = 24**-0.5
+
+
+@pytest.fixture
+def permitted(monkeypatch):
+    """What a GPU does where tf32 is permitted, on any device."""
+    monkeypatch.setattr(precision, "permits_halves", lambda x: x.dtype == torch.float32 and not torch.is_grad_enabled())
+
+
+@pytest.fixture
+def matmul():
+    """torch's switch, put back afterwards."""
+    switch, name = torch.backends.cuda.matmul, "allow_tf32"
+    before = switch.allow_tf32
+    yield switch
+    if hasattr(switch, "fp32_precision"):
+        switch.fp32_precision = "ieee"
+    setattr(switch, name, before)
+
+
+def as_tf32(x):
+    """Rounded to 10 bits behind the first, to the nearest, as tensor cores take fp32 where torch permits it."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def attention(query, key, value, bias, rounded=lambda x: x):
+    scores = rounded(query) @ rounded(key).mT * SCALE + bias
+    return rounded(scores.softmax(-1)) @ rounded(value)
+
+
+def by_halves(query, key, value, bias):
+    *halves, unit = precision.as_halves(query, key, value)
+    return precision.in_units(biased_attention(*halves, DenseBias(bias), scale=SCALE), unit).transpose(-2, -3)
+
+
+def draw(n=150, c=24, heads=2, batch=(2,), scales=(1.0, 1.0, 1.0)):
+    return [scale * torch.randn(*batch, heads, n, c, device=DEVICE) for scale in scales]
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        (1, 1, 1),
+        (30, 1, 1e-3),
+        (1e-6, 1e6, 1e6),
+        (1e6, 1e-6, 1e-6),
+        (1e-6, 1e-6, 1),
+        (1e6, 1e6, 1),  # scores beyond what halves can hold the factors of
+        (1e20, 1e20, 1e20),
+        (0, 1, 1),
+        (1, 0, 1),
+        (1, 1, 0),
+        (0, 0, 0),
+    ],
+)
+def test_nothing_is_lost_that_tf32_keeps(scales):
+    torch.manual_seed(0)
+    inputs = draw(scales=scales)
+    bias = torch.randn(2, 150, 150, device=DEVICE)
+    exact = attention(*(x.double() for x in (*inputs, bias)))
+    theirs, ours = attention(*inputs, bias, as_tf32), by_halves(*inputs, bias)
+    assert ours.dtype == torch.float32
+    if max(scales) < 1e20:  # where scores overflow fp32 nothing can be compared
+        assert (ours - exact).norm() <= 1.3 * (theirs - exact).norm()
+    assert ours.isfinite().all()
+
+
+def test_heads_have_units_of_their_own():
+    torch.manual_seed(0)
+    heads = torch.tensor([1e-5, 1e5], device=DEVICE)[:, None, None]
+    query, key, value = draw()
+    inputs = query * heads, key / heads, value * heads
+    bias = torch.randn(2, 150, 150, device=DEVICE)
+    exact = attention(*(x.double() for x in (*inputs, bias)))
+    theirs, ours = attention(*inputs, bias, as_tf32), by_halves(*inputs, bias)
+    for head in range(2):
+        assert (ours - exact)[:, head].norm() <= 1.3 * (theirs - exact)[:, head].norm()
+
+
+def test_halves_lie_as_what_they_are_made_of():
+    query, key, value = (x.transpose(-2, -3).contiguous().transpose(-2, -3) for x in draw())
+    for made, x in zip(precision.as_halves(query, key, value), (query, key, value), strict=False):
+        assert made.stride() == x.stride()
+    out = draw()[0].half()
+    made = precision.in_units(out, torch.ones(2, 2, 1, 1, device=DEVICE))
+    assert made.shape == (2, 150, 2, 24)
+    assert made.is_contiguous()
+
+
+def test_nan_stays_in_its_head():
+    query, key, value = draw()
+    value[0, 1, 3, 2] = torch.nan
+    out = by_halves(query, key, value, torch.zeros(2, 150, 150, device=DEVICE))
+    assert out[0, 1].isnan().any()
+    assert out[0, 0].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_a_bias_beyond_halves_stays_finite():
+    bias = precision.to_half(torch.tensor([1e6, -1e6, 3.0, torch.nan]))
+    assert bias[:3].tolist() == [65504, -65504, 3]
+    assert bias[3].isnan()
+
+
+def test_the_switches_of_torch_are_followed(matmul):
+    matmul.allow_tf32 = False
+    assert not precision.tf32_is_permitted()
+    matmul.allow_tf32 = True
+    assert precision.tf32_is_permitted()
+    torch.set_float32_matmul_precision("highest")
+    assert not precision.tf32_is_permitted()
+    torch.set_float32_matmul_precision("high")
+    assert precision.tf32_is_permitted()
+    if hasattr(matmul, "fp32_precision"):
+        matmul.fp32_precision = "ieee"
+        assert not precision.tf32_is_permitted()
+        matmul.fp32_precision = "tf32"  # from here on the old switch cannot be read
+        assert precision.tf32_is_permitted()
+
+
+def test_only_fp32_on_a_gpu_without_gradients(monkeypatch):
+    class OnGpu:
+        """As much of a tensor as is looked at."""
+
+        def __init__(self, dtype=torch.float32, device="cuda"):
+            self.dtype, self.device = dtype, torch.device(device)
+
+    monkeypatch.setattr(precision, "tf32_is_permitted", lambda: True)
+    assert not precision.permits_halves(OnGpu())  # gradients are recorded
+    with torch.no_grad():
+        assert precision.permits_halves(OnGpu())
+        assert not precision.permits_halves(OnGpu(device="cpu"))
+        assert not precision.permits_halves(OnGpu(torch.bfloat16))
+        with monkeypatch.context() as autocast:
+            autocast.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+            assert not precision.permits_halves(OnGpu())
+        monkeypatch.setattr(precision, "tf32_is_permitted", lambda: False)
+        assert not precision.permits_halves(OnGpu())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("chunk_size", "inplace_safe"), [(None, False), (5, False), (5, True)])
+def test_triangle_attention(make_triangle, stock, calls, permitted, masked, chunk_size, inplace_safe):
+    torch.manual_seed(0)
+    module, n = make_triangle(), 21
+    x = torch.randn(n, n, 24, device=DEVICE)
+    mask = torch.maximum((torch.rand(n, n, device=DEVICE) < 0.7).float(), torch.eye(n, device=DEVICE))
+    with torch.no_grad():
+        ours = module(x, mask if masked else None, chunk_size=chunk_size, inplace_safe=inplace_safe)
+        with stock():
+            exact = copy.deepcopy(module).double()(x.double(), mask.double() if masked else None)
+    for (*inputs, bias), _ in calls:
+        assert {tensor.dtype for tensor in (*inputs, bias.values)} == {torch.float16}
+    assert ours.dtype == torch.float32
+    assert 1e-6 < (ours - exact).norm() / exact.norm() < 2**-10
+
+
+@pytest.mark.parametrize(("head_dim", "batch"), [(24, ()), (48, (3,))])
+def test_pair_biased_attention_keeps_the_bias_in_fp32(host, stock, calls, permitted, head_dim, batch):
+    torch.manual_seed(0)
+    c_a = 2 * head_dim
+    attention = give_structure(host.transformer.AttentionPairBias(n_heads=2, c_a=c_a, c_s=20, c_z=12))
+    a, s = torch.randn(*batch, 33, c_a, device=DEVICE), torch.randn(*batch, 33, 20, device=DEVICE)
+    z = torch.randn(*(1 for _ in batch), 33, 33, 12, device=DEVICE)
+    with torch.no_grad():
+        ours = attention(a, s, z)
+        with stock():
+            exact = attention(a, s, z)
+    ((*inputs, bias), _) = calls[0]
+    assert {tensor.dtype for tensor in inputs} == {torch.float16}
+    assert bias.values.dtype == torch.float32
+    assert ours.dtype == torch.float32
+    assert 1e-6 < (ours - exact).norm() / exact.norm() < 2**-10
+
+
+def test_gradients_are_those_of_fp32(make_triangle, stock, permitted, calls):
+    module, x = make_triangle(), torch.randn(14, 14, 24, device=DEVICE, requires_grad=True)
+    module(x).square().sum().backward()
+    ours, x.grad = x.grad, None
+    with stock():
+        module(x).square().sum().backward()
+    assert calls[0][0][0].dtype == torch.float32
+    torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled(make_triangle, permitted):
+    module, x = make_triangle(), torch.randn(18, 18, 24, device=DEVICE)
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, module(x), rtol=1e-3, atol=1e-3)

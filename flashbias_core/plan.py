@@ -98,7 +98,7 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
     programs = team_programs(found, own, query.shape, constants)
     # With gradients the host has a millisecond to do; those of a dense bias gain more, its forward pass less.
-    forward, backward = (2, 1) if constants["DENSE"] else (1, 8)
+    forward, backward = (2, 0.5) if constants["DENSE"] else (1, 8)
     least = TEAM_WORK * (forward if kind == "forward" else backward)
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,11 +37,11 @@ FEW_COLUMNS = 4
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
     """Output `(*batch, H, Nq, Cv)` and LSE `(*batch, H, Nq)`; arguments as `ops.attention` has them."""
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    if out.numel() == 0 or key.shape[-2] == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
     with _on(query):
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        if out.numel() == 0 or key.shape[-2] == 0:
+            return out.zero_(), lse.fill_(-torch.inf)
         operands = expanded(query, key.shape[-2], operands) or operands
         call = prepare(query, key, value, operands, scale)
         teams = call.teams("forward", query)
@@ -99,11 +100,8 @@ def _gradients(
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     if given.out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
-    rows = query.shape[:-2].numel()
-    pitch = plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
-    level, delta = query.new_empty((2, rows, pitch), dtype=torch.float32).unbind()
-    low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if query.dtype == torch.float32 else None
-    better = low is not None or bool(names & {"slopes", "table"})
+    exact = query.dtype == torch.float32
+    better = exact or bool(names & {"slopes", "table"})
     # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
     better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
@@ -111,6 +109,9 @@ def _gradients(
     gradients: dict[str, Tensor | None] = {}
     with _on(query):
         call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
+        room = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
+        level, delta = query.new_empty((2, *room), dtype=torch.float32).unbind()
+        low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if exact else None
         statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
         # First the queries' side, which improves the statistics for the others where their gradients need it.
         if better or names & {"query", "q_factor"}:
@@ -308,4 +309,19 @@ def _sum_groups(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
 def _on(query: Tensor) -> AbstractContextManager[Any]:
     """The device of the tensors as the current one."""
     elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
-    return torch.cuda.device(query.device) if elsewhere else nullcontext()
+    place = torch.cuda.device(query.device) if elsewhere else nullcontext()
+    return _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place
+
+
+@contextmanager
+def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
+    """Under its deterministic switch torch fills new memory, which costs up to half of a backward pass. Kernels fill
+    all of what they are given."""
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    try:
+        with place:
+            yield
+    finally:
+        settings.fill_uninitialized_memory = before

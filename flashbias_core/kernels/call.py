@@ -27,7 +27,7 @@ except ImportError:  # triton 3.3 has none that the host can make
 
 from . import compiled
 from .columns import score_columns
-from .compiled import Known, kind
+from .compiled import Known, kind, kinds
 from .layout import Axes, Geometry, Layout, geometry
 from .terms import Block, Masks, Terms
 
@@ -46,6 +46,7 @@ MASKS = {
 AXES = INPUTS | TERMS | MASKS
 MATRICES = ("values", "allowed")
 FRAMES = 2048  # at most, each of a few kilobytes
+_COMPILED: dict[Hashable, dict[Hashable, Known]] = {}  # does not grow with the number of lengths
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Frame:
     tensors: shapes and strides of queries, keys, values, factor columns and dense bias as tensor descriptors read them;
     None where they do not.
     sizes, constants: arguments of the kernels. traits: what `plan.tiles` wants to know beside.
-    compiled: kernels that were launched before, by what else their code depends on.
-    found: what `once` was asked for.
+    compiled: kernels that were launched before, for this frame or one of other lengths, by what else their code depends
+    on. found: what `once` was asked for.
     """
 
     layout: Layout
@@ -68,7 +69,7 @@ class Frame:
     sizes: dict[str, Any]
     constants: dict[str, Any]
     traits: dict[str, Any]
-    compiled: dict[Hashable, Known] = field(default_factory=dict)
+    compiled: dict[Hashable, Known]
     found: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, what: Hashable, find: Callable[[], Any]) -> Any:
@@ -139,7 +140,12 @@ def _frame(
         known = given["values"][0]
         plain = prod(known.shape[:-3]) == 1 and known.dtype.itemsize == 2
     traits["PLAIN"] = plain and None not in tensors.values()
-    return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits)
+    reach = lie["table"].shape[-1] // 2 if "table" in lie else None
+    seen = tuple((name, known.dtype, known.place, kind(strides[name])) for name, known in lie.items())
+    code = device, *constants.items(), planes is None, kind(reach), kind(tuple(sizes.values()))
+    code += seen if None not in strides.values() else geometries  # of a copy the strides are not known yet
+    compiled = _COMPILED.setdefault(code, {})
+    return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits, compiled)
 
 
 @dataclass
@@ -188,11 +194,12 @@ class Call:
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: Tiles | None = None, **arguments: Any) -> None:
         """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
-        key = (id(kernel), tiles, *map(kind, arguments.values()))
+        key = (id(kernel), tiles, *kinds(arguments))
         constants: Callable[[], dict[str, Any]] = dict
         if tiles is not None:
             arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}
             arguments |= {"terms": self.terms, "masks": self.masks}
+            arguments.update(self.frame.sizes)
             constants = partial(_common, self.frame, tiles)
         compiled.launch(kernel, grid, arguments, constants, self.frame.compiled, key)
 
@@ -203,7 +210,7 @@ def _without_tensor(descriptor: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _common(frame: Frame, tiles: Tiles) -> dict[str, Any]:
-    return frame.sizes | frame.constants | tiles.options()
+    return frame.constants | tiles.options()
 
 
 def prepare(

@@ -45,10 +45,19 @@ def launch(
         known[key] = compiled, [fixed.get(name) for name in names], places
 
 
+def kinds(arguments: dict[str, Any]) -> tuple[Hashable, ...]:
+    """What compiled code can depend on in arguments; those in capitals are constants of it."""
+    return tuple(value if name.isupper() else kind(value) for name, value in arguments.items())
+
+
 def kind(argument: Any) -> Hashable:
-    """What compiled code can depend on in an argument."""
+    """What compiled code can depend on in an argument: of a number no more than triton's specializations."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    if not isinstance(argument, tuple):
-        return argument
-    return (kind(argument.ptr), argument.stride) if isinstance(argument, Block) else tuple(map(kind, argument))
+    if isinstance(argument, Block):
+        return kind(argument.ptr), *map(kind, argument.stride)
+    if isinstance(argument, tuple):
+        return tuple(map(kind, argument))
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return "float" if isinstance(argument, float) else argument

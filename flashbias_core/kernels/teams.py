@@ -197,13 +197,19 @@ def launch(
     **constants: Any,
 ) -> None:  # fmt: skip
     """Launch a kernel of teams with what is read by tiles, other tensors, and the constants of this launch alone."""
-    key = (id(kernel), tiles, compiled.kind(tuple(tensors.values())), *constants.values())
+    key = (id(kernel), tiles, *compiled.kinds(tensors), *constants.values())
+    sizes = call.frame.once(("sizes", id(kernel)), partial(_sizes, kernel, call))
     common = partial(_common, kernel, call, tiles, constants)
-    compiled.launch(kernel, (programs, 1), read | tensors, common, call.frame.compiled, key)
+    compiled.launch(kernel, (programs, 1), read | tensors | sizes, common, call.frame.compiled, key)
+
+
+def _sizes(kernel: Any, call: Call) -> dict[str, Any]:
+    """Sizes of the call that the kernel has arguments for."""
+    sizes = call.frame.sizes | {"n_batch": call.frame.layout.outer * call.frame.layout.inner}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
 
 
 def _common(kernel: Any, call: Call, tiles: Tiles, constants: dict[str, Any]) -> dict[str, Any]:
     """All constants of a launch: also those of the call that the kernel has arguments for."""
-    frame = call.frame
-    sizes = frame.sizes | frame.constants | {"n_batch": frame.layout.outer * frame.layout.inner}
-    return {name: size for name, size in sizes.items() if name in kernel.arg_names} | constants | tiles.options()
+    given = {name: value for name, value in call.frame.constants.items() if name in kernel.arg_names}
+    return given | constants | tiles.options()

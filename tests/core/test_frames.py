@@ -24,6 +24,7 @@ from flashbias import (
 )
 from flashbias.kernels import call, compiled
 from flashbias.kernels.terms import Block
+from flashbias.operands import Operands
 
 N, HEADS, C = 20, 2, 16
 
@@ -116,6 +117,18 @@ def test_what_is_kept_is_bounded() -> None:
     assert call._frame.cache_info().maxsize == call.FRAMES
 
 
+def test_lengths_share_kernels(device: str) -> None:
+    """What is compiled for one serves another, unless triton would compile it anew."""
+
+    def known(length: int, dtype: torch.dtype = torch.float32) -> dict[Any, Any]:
+        q, k, v = torch.zeros(3, 2, HEADS, length, C, device=device, dtype=dtype)
+        return call.prepare(q, k, v, Operands(), 1.0).frame.compiled
+
+    assert known(20) is known(23)
+    assert known(20) is not known(32)  # a multiple of 16
+    assert known(20) is not known(20, torch.float16)
+
+
 def test_a_length_is_found_once(device: str) -> None:
     t = tensors(device)
     call._frame.cache_clear()
@@ -165,8 +178,13 @@ def test_another_kind_of_argument_is_another_key() -> None:
     x = torch.zeros(9)
     block = Block(x, 1, 2, 3, 4)
     different = [
-        x, x.double(), x[1:], None, 16, 17, 1.5, (x, x), (x, None), block, Block(x[1:], *block.stride),
-        Block(x, 1, 2, 3, 5),
+        x, x.double(), x[1:], None, 1, 16, 17, 2**31 + 1, 1.5, (x, x), (x, None), block, Block(x[1:], *block.stride),
+        Block(x, 1, 2, 3, 16),
     ]  # fmt: skip
     assert len({compiled.kind(argument) for argument in different}) == len(different)
     assert compiled.kind(x) == compiled.kind(x[4:])
+    assert compiled.kind(17) == compiled.kind(23)
+    assert compiled.kind(Block(x, 1, 2, 3, 5)) == compiled.kind(block)
+    assert (
+        compiled.kinds({"n": 17, "N": 17}) == compiled.kinds({"n": 23, "N": 17}) != compiled.kinds({"n": 23, "N": 23})
+    )

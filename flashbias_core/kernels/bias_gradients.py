@@ -12,11 +12,11 @@ from flashbias import plan
 from flashbias.diagonals import fold, sum_diagonals
 from flashbias.operands import Operands
 
-from .backward import sum_parts_kernel, values_kernel
 from .call import Call
 from .layout import reduce_to
 from .table import table_kernel
 from .terms import BAND as TABLE_BAND
+from .values import sum_parts_kernel, values_kernel
 
 SUM_ENTRIES = 1024
 BAND = TABLE_BAND.value

@@ -13,21 +13,15 @@ from flashbias import plan
 from flashbias.operands import Operands
 from flashbias.tiles import Tiles
 
-from .backward import (
-    PITCH,
-    Far,
-    Forward,
-    Low,
-    delta_kernel,
-    keys_kernel,
-    queries_kernel,
-)
+from .backward import PITCH, Far, Forward, Low, delta_kernel
 from .bias_gradients import table_gradient, values_gradient
 from .call import Call, prepare
 from .columns import GradientColumns, gradient_columns, gradient_width
 from .expansion import FACTORS, expanded, factor_gradients
 from .forward import combine_kernel, forward_kernel
+from .keys import keys_kernel
 from .layout import reduce_to
+from .queries import queries_kernel
 from .terms import Block
 
 DELTA_ROWS = 32

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import NOT_SPECIALIZED, member, tile_gradient
+from .backward import NOT_SPECIALIZED
 from .terms import BAND, diagonal, load_matrix, near_keys
+from .values import member, tile_gradient
 
 
 @triton.jit(do_not_specialize=[

@@ -13,7 +13,8 @@ undoes it. Weights and state dicts stay what they are.
 
 The diffusion and the confidence head are in fp32. Where Protenix permits products of tf32 there (`enable_tf32`, on by
 default), inference computes attention between tokens, and triangle attention, from fp16 with a unit for each head: it
-has tf32's mantissa. `precision.py` decides. Anywhere else fp32 means fp32.
+has tf32's mantissa. That needs 2^25 scores to pay (7wux has 2^27 in a block of the diffusion); `precision.py` decides.
+Anywhere else fp32 means fp32.
 
 Where the configuration asks for cuEquivariance's triangle multiplication and cuEquivariance is not installed, Protenix'
 own torch code computes it.

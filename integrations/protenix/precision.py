@@ -12,6 +12,7 @@ from flashbias.integrations.integration import run_while_traced
 
 LARGEST = 2.0**15  # half of what fp16 can hold, a power of two
 SMALLEST = 1e-30  # that is divided by
+ENOUGH_SCORES = 2**25  # with fewer, the conversion's launches take longer than an H200 saves by one product for six
 
 
 @run_while_traced
@@ -23,19 +24,21 @@ def tf32_is_permitted() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-def permits_halves(x: Tensor) -> bool:
-    """Whether attention of an input x may be computed from halves: fp32 where tf32 is permitted, and no gradients.
+def permits_halves(x: Tensor, scores: int) -> bool:
+    """Whether attention of an input x may be, and had better be, computed from halves.
 
-    Under autocast the host has chosen its precision already.
+    It may in fp32 where tf32 is permitted and no gradients are recorded; under autocast the host has chosen its
+    precision already. It had better with many scores, batch * heads * queries * keys.
     """
-    if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cuda":
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cuda" or scores < ENOUGH_SCORES:
         return False
     return not torch.is_autocast_enabled(x.device.type) and tf32_is_permitted()
 
 
 def as_permitted(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries, keys and values for the operator, and the unit of its output; as they are, in no unit, or as halves."""
-    return as_halves(query, key, value) if permits_halves(query) else (query, key, value, None)
+    scores = query.shape[:-1].numel() * key.shape[-2]
+    return as_halves(query, key, value) if permits_halves(query, scores) else (query, key, value, None)
 
 
 def as_halves(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -38,28 +38,31 @@ def attention(
         mask = None if mask is None else mask.transpose(-1, -2)
     x = module.layer_norm(x)
     values = module.linear(x).movedim(-1, -3)
-    if precision.permits_halves(x):
+    halves = precision.permits_halves(x, values.numel() * x.shape[-3])  # for all chunks alike: they share the bias
+    if halves:
         values = precision.to_half(values)
     bias = DenseBias(with_aligned_rows(values).unsqueeze(-4))  # (*batch, 1, H, N, N)
     if chunk_size is None:
-        out = _attend(module.mha, x, bias, mask)
+        out = _attend(module.mha, x, bias, mask, halves)
     else:
         rows = max(1, chunk_size // math.prod(x.shape[:-3]))
         masks = repeat(None) if mask is None else mask.expand(x.shape[:-1]).split(rows, -2)
         parts = zip(x.split(rows, -3), masks, strict=False)
         if inplace_safe and not torch.is_grad_enabled():
             for part, part_mask in parts:  # no row reads another one
-                part.copy_(_attend(module.mha, part, bias, part_mask))
+                part.copy_(_attend(module.mha, part, bias, part_mask, halves))
             out = x
         else:
-            out = torch.cat([_attend(module.mha, part, bias, part_mask) for part, part_mask in parts], -3)
+            out = torch.cat([_attend(module.mha, part, bias, part_mask, halves) for part, part_mask in parts], -3)
     return out if module.starting else out.transpose(-2, -3)
 
 
-def _attend(mha: Any, x: Tensor, bias: DenseBias, mask: Tensor | None) -> Tensor:
+def _attend(mha: Any, x: Tensor, bias: DenseBias, mask: Tensor | None, halves: bool) -> Tensor:
     """Gated attention within each row of x, `(*batch, rows, N, c)`."""
-    # Views (*batch, rows, H, N, C), unless they are halves.
-    query, key, value, unit = precision.as_permitted(*mha._prep_qkv(x, x, apply_scale=False))
+    query, key, value = mha._prep_qkv(x, x, apply_scale=False)  # views (*batch, rows, H, N, C)
+    unit = None
+    if halves:
+        query, key, value, unit = precision.as_halves(query, key, value)
     out = biased_attention(query, key, value, bias, mask=_segments(mask), scale=mha.c_hidden**-0.5)
     assert isinstance(out, Tensor)
     out = precision.in_units(out, unit)

@@ -16,7 +16,12 @@ SCALE = 24**-0.5
 @pytest.fixture
 def permitted(monkeypatch):
     """What a GPU does where tf32 is permitted, on any device."""
-    monkeypatch.setattr(precision, "permits_halves", lambda x: x.dtype == torch.float32 and not torch.is_grad_enabled())
+
+    def permits(x, scores):
+        return x.dtype == torch.float32 and not torch.is_grad_enabled() and scores >= precision.ENOUGH_SCORES
+
+    monkeypatch.setattr(precision, "ENOUGH_SCORES", 1)
+    monkeypatch.setattr(precision, "permits_halves", permits)
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def test_the_switches_of_torch_are_followed(matmul):
         assert precision.tf32_is_permitted()
 
 
-def test_only_fp32_on_a_gpu_without_gradients(monkeypatch):
+def test_only_much_fp32_on_a_gpu_without_gradients(monkeypatch):
     class OnGpu:
         """As much of a tensor as is looked at."""
 
@@ -139,16 +144,17 @@ def test_only_fp32_on_a_gpu_without_gradients(monkeypatch):
             self.dtype, self.device = dtype, torch.device(device)
 
     monkeypatch.setattr(precision, "tf32_is_permitted", lambda: True)
-    assert not precision.permits_halves(OnGpu())  # gradients are recorded
+    assert not precision.permits_halves(OnGpu(), 2**25)  # gradients are recorded
     with torch.no_grad():
-        assert precision.permits_halves(OnGpu())
-        assert not precision.permits_halves(OnGpu(device="cpu"))
-        assert not precision.permits_halves(OnGpu(torch.bfloat16))
+        assert precision.permits_halves(OnGpu(), 2**25)
+        assert not precision.permits_halves(OnGpu(), 2**25 - 1)
+        assert not precision.permits_halves(OnGpu(device="cpu"), 2**25)
+        assert not precision.permits_halves(OnGpu(torch.bfloat16), 2**25)
         with monkeypatch.context() as autocast:
             autocast.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-            assert not precision.permits_halves(OnGpu())
+            assert not precision.permits_halves(OnGpu(), 2**25)
         monkeypatch.setattr(precision, "tf32_is_permitted", lambda: False)
-        assert not precision.permits_halves(OnGpu())
+        assert not precision.permits_halves(OnGpu(), 2**25)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -166,6 +172,29 @@ def test_triangle_attention(make_triangle, stock, calls, permitted, masked, chun
         assert {tensor.dtype for tensor in (*inputs, bias.values)} == {torch.float16}
     assert ours.dtype == torch.float32
     assert 1e-6 < (ours - exact).norm() / exact.norm() < 2**-10
+
+
+@pytest.mark.parametrize(("more", "expected"), [(0, torch.float16), (1, torch.float32)], ids=["enough", "too few"])
+def test_all_rows_decide_for_their_chunks(make_triangle, calls, permitted, monkeypatch, more, expected):
+    n, heads = 9, 3
+    monkeypatch.setattr(precision, "ENOUGH_SCORES", n**3 * heads + more)
+    with torch.no_grad():
+        make_triangle(heads=heads)(torch.randn(n, n, 24, device=DEVICE), chunk_size=2)
+    assert len(calls) == 5
+    for (*inputs, bias), _ in calls:
+        assert {tensor.dtype for tensor in (*inputs, bias.values)} == {expected}
+
+
+@pytest.mark.parametrize(("more", "expected"), [(0, torch.float16), (1, torch.float32)], ids=["enough", "too few"])
+def test_samples_and_heads_count_as_scores(host, calls, permitted, monkeypatch, more, expected):
+    samples, heads, n = 3, 2, 17
+    monkeypatch.setattr(precision, "ENOUGH_SCORES", samples * heads * n**2 + more)
+    attention = give_structure(host.transformer.AttentionPairBias(n_heads=heads, c_a=48, c_s=20, c_z=12))
+    with torch.no_grad():
+        attention(
+            *(torch.randn(samples, n, c, device=DEVICE) for c in (48, 20)), torch.randn(1, n, n, 12, device=DEVICE)
+        )
+    assert [args[0].dtype for args, _ in calls] == [expected]
 
 
 @pytest.mark.parametrize(("head_dim", "batch"), [(24, ()), (48, (3,))])

@@ -172,11 +172,11 @@ class Call:
 
     def descriptor(self, tiles: Tiles) -> Any:
         """How a dense bias is read tile by tile: a tensor descriptor, or None for pointers or no such bias."""
-        if self.frame.planes is None:
+        planes, values = self.frame.planes, self.values
+        if planes is None or values is None:
             return None
         tile = [1, tiles.block_m, tiles.block_n]
-        what = "tile", tiles.block_m, tiles.block_n
-        return self.described(self.values, what, lambda: TensorDescriptor(self.values, *self.frame.planes, tile))
+        return self.described(values, ("tile", *tile), lambda: TensorDescriptor(values, *planes, tile))
 
     def described(self, tensor: Tensor, what: Hashable, make: Callable[[], Any]) -> Any:
         """The tensor descriptor that `make()` gives; of tensors that lie alike, `what`, only the first is checked."""

@@ -35,7 +35,8 @@ def launch(
         values = values.copy()
         for place, name in places:
             values[place] = arguments[name]
-        compiled[(*grid, 1)](*values)
+        programs = (*grid, 1)
+        compiled[programs](*values)
         return
     fixed = constants()
     compiled = kernel[grid](**arguments, **fixed)

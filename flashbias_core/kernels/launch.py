@@ -311,7 +311,7 @@ def _on(query: Tensor) -> AbstractContextManager[Any]:
 def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
     """Under its deterministic switch torch fills new memory, which costs up to half of a backward pass. Kernels fill
     all of what they are given."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     before = settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False
     try:

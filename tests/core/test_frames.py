@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,6 +177,20 @@ def test_a_known_kernel_is_launched_by_position() -> None:
         compiled.launch(kernel, (n, 2), arguments, lambda: {"SIZE": 16, "num_warps": 4}, known, "key")
     assert kernel.searched == [{"n": 5, "x": "a tensor", "SIZE": 16, "num_warps": 4}]
     assert kernel.known == [((6, 2, 1), "a tensor", 6, 16)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kernels_that_are_known_are_those_that_triton_would_take(seed: int) -> None:
+    here = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, here / "specialization.py", str(seed), "150"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["wrong"]
+    assert found["again"] > found["launches"] / 5
 
 
 def test_another_kind_of_argument_is_another_key() -> None:

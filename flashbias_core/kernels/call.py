@@ -142,9 +142,9 @@ def _frame(
     traits["PLAIN"] = plain and None not in tensors.values()
     reach = lie["table"].shape[-1] // 2 if "table" in lie else None
     seen = tuple((name, known.dtype, known.place, kind(strides[name])) for name, known in lie.items())
-    code = device, *constants.items(), planes is None, kind(reach), kind(tuple(sizes.values()))
-    code += seen if None not in strides.values() else geometries  # of a copy the strides are not known yet
-    compiled = _COMPILED.setdefault(code, {})
+    code = device, *constants.items(), planes is None, kind(reach), kind(tuple(sizes.values())), *seen
+    # Of what is copied first the strides are not known yet.
+    compiled = {} if None in strides.values() else _COMPILED.setdefault(code, {})
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits, compiled)
 
 

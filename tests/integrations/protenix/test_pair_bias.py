@@ -47,7 +47,11 @@ def run(attention, a, s, z, autocast=False, **options):
         (100, 24, False, (), False),
     ],
 )
-def test_output_and_gradients_are_those_of_the_host(host, stock, calls, n, head_dim, has_s, batch, fused, autocast):
+def test_output_and_gradients_are_those_of_the_host(
+    host, stock, calls, monkeypatch, n, head_dim, has_s, batch, fused, autocast
+):
+    # Convolutions are tf32 by default: gradients that differ by a rounding of fp32 may round to neighbours there.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     attention = make_attention(host, head_dim, has_s=has_s)
     inputs = make_inputs(n, 2 * head_dim, batch, fused)
     options = {"enable_efficient_fusion": fused}

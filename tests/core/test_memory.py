@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -94,8 +95,8 @@ def test_a_stray_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def one_too_many(*args: Any, **kwargs: Any) -> launch.Call:
         call = prepare(*args, **kwargs)
-        call.sizes["n_k"] += 1
-        return call
+        sizes = call.frame.sizes | {"n_k": call.frame.sizes["n_k"] + 1}
+        return replace(call, frame=replace(call.frame, sizes=sizes))
 
     monkeypatch.setattr(launch, "prepare", one_too_many)
     with pytest.raises(InterpreterError, match="outside"):

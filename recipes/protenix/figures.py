@@ -14,7 +14,7 @@ STAGES = {"trunk": LINES[0], "diffusion": LINES[1], "confidence": LINES[2]}
 
 
 def draw_table(path: Path, rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> None:
-    """Bars of the seconds by stage, and of the coordinates' distance from the torch run."""
+    """Bars of the seconds by stage, and of the coordinates' distance from the run that all are compared with."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -35,11 +35,13 @@ def draw_table(path: Path, rows: Sequence[Mapping[str, Any]], conditions: Mappin
             times.text(total, i, f" {total:.2f} s{memory}", va="center", fontsize=8)
         times.set(xlabel="seconds", title="Time by stage, peak memory", xlim=(0, 1.3 * max(left)))
         times.legend(frameon=False, fontsize=8, loc="lower right")
-        values = [row["rmsd_mean"] if row["variant"] != "torch" else 0 for row in done]
+        found = [row["rmsd_mean"] for row in done]
+        values = [value or 0.0 for value in found]
         quality.barh(names, values, color=[_colour(name) for name in names])
-        for i, value in enumerate(values):
-            quality.text(value, i, f" {value:.2g}", va="center", fontsize=8)
-        quality.set(xlabel="Å", title="RMSD to the torch run", xlim=(0, 1.3 * (max(values) or 1)))
+        for i, value in enumerate(found):
+            text = "not compared" if value == "" else f"{value:.2g}"
+            quality.text(values[i], i, f" {text}", va="center", fontsize=8)
+        quality.set(xlabel="Å", title=f"RMSD to the run of {rows[0]['against']}", xlim=(0, 1.3 * (max(values) or 1)))
         figure.suptitle(f"Protenix: {title(rows)}", fontsize=9, x=0.01, ha="left", wrap=True)
         _foot(figure, conditions)
         figure.savefig(path, dpi=150)

@@ -118,6 +118,16 @@ def test_rows_can_be_chosen(tmp_path):
     assert float(rows["torch"]["rmsd_mean"]) > 0
 
 
+def test_without_the_row_to_compare_with_the_others_are_shown(tmp_path):
+    arguments = ["protenix", "table", *SMALL, "--kernels", f"triattention,{whole.OURS}", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = read(tmp_path / "protenix_table.csv")
+    assert [row["status"] for row in rows.values()] == ["absent", "ok"]
+    assert rows[whole.OURS]["rmsd_mean"] == ""
+    assert (tmp_path / "protenix_table.png").stat().st_size > 1000
+
+
 def test_a_failing_row_says_why_and_the_others_go_on(tmp_path, monkeypatch):
     def failing(host, features, variant, *others, run=whole.run):
         if variant.kernel == whole.NO_BIAS:

@@ -28,18 +28,18 @@ def may_normalise(norm: nn.Module, x: Tensor) -> bool:
     return all(w is None or (_is_plain(w) and w.dtype in (x.dtype, torch.float32)) for w in weights)
 
 
-def may_join(mha: Any, x: Tensor) -> bool:
+def may_join(mha: Any) -> bool:
     """Whether one product makes queries, keys, values and gates: none of the projections is anything but a matrix."""
     layers = [mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g]
     return all(map(_is_projection, layers)) and len({layer.weight.dtype for layer in layers}) == 1
 
 
-def may_gate(mha: Any, x: Tensor) -> bool:
+def may_gate(mha: Any) -> bool:
     """Whether one kernel gates the output."""
     return type(mha.sigmoid) is nn.Sigmoid and not is_hooked(mha.sigmoid)
 
 
-def may_place(mha: Any, x: Tensor) -> bool:
+def may_place(mha: Any) -> bool:
     """Whether the last product of a chunk is written where it belongs."""
     return _is_projection(mha.linear_o)
 
@@ -66,7 +66,7 @@ def joint_weight(mha: Any, x: Tensor) -> Tensor | None:
 
     Made in every call, which costs less than to find out whether it is still right.
     """
-    if not (is_possible(x) and may_join(mha, x)):
+    if not (is_possible(x) and may_join(mha)):
         return None
     layers = (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
     weight = torch.cat([layer.weight.detach() for layer in layers])
@@ -86,7 +86,7 @@ def projected(mha: Any, x: Tensor, joint: Tensor | None) -> tuple[Tensor, Tensor
 def gates(mha: Any, gate: Tensor, out: Tensor, unit: Tensor | None) -> bool:
     """Whether the kernel takes this gate and this output of the operator: both have one dtype, with its unit."""
     dtype = out.dtype if unit is None else unit.dtype
-    return dtype == gate.dtype and is_possible(gate) and may_gate(mha, gate)
+    return dtype == gate.dtype and is_possible(gate) and may_gate(mha)
 
 
 def placed(mha: Any, out: Tensor, place: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ def placed(mha: Any, out: Tensor, place: Tensor | None) -> Tensor:
     # Under autocast a product of fp32 is of another dtype than its place.
     cast = torch.is_autocast_enabled(out.device.type) and out.dtype != torch.bfloat16
     alike = out.dtype == place.dtype and not cast and out.is_contiguous() and place.is_contiguous()
-    if not (alike and is_possible(out) and may_place(mha, out)):
+    if not (alike and is_possible(out) and may_place(mha)):
         return place.copy_(mha.linear_o(out))
     weight = mha.linear_o.weight.detach().to(out.dtype)
     torch.mm(out.flatten(0, -2), weight.t(), out=place.view(-1, place.shape[-1]))

@@ -17,7 +17,7 @@ from flashbias import DenseBias, Mask, Segments, biased_attention
 from flashbias.integrations.integration import Replacement, say_once
 from flashbias.patches import Patch
 
-from . import precision
+from . import fused, precision
 from .inputs import not_computable, with_aligned_rows
 
 
@@ -36,41 +36,66 @@ def attention(
     if not module.starting:
         x = x.transpose(-2, -3)
         mask = None if mask is None else mask.transpose(-1, -2)
-    x = module.layer_norm(x)
+    x = fused.normalised(module.layer_norm, x)
     values = module.linear(x).movedim(-1, -3)
     halves = precision.permits_halves(x, values.numel() * x.shape[-3])  # for all chunks alike: they share the bias
     if halves:
         values = precision.to_half(values)
     bias = DenseBias(with_aligned_rows(values).unsqueeze(-4))  # (*batch, 1, H, N, N)
+    joint = fused.joint_weight(module.mha, x)
+
+    def attend(part: Tensor, part_mask: Tensor | None, place: Tensor | None = None) -> Tensor:
+        return _attend(module.mha, part, bias, part_mask, halves, joint, place)
+
     if chunk_size is None:
-        out = _attend(module.mha, x, bias, mask, halves)
+        out = attend(x, mask)
     else:
         rows = max(1, chunk_size // math.prod(x.shape[:-3]))
         masks = repeat(None) if mask is None else mask.expand(x.shape[:-1]).split(rows, -2)
         parts = zip(x.split(rows, -3), masks, strict=False)
         if inplace_safe and not torch.is_grad_enabled():
             for part, part_mask in parts:  # no row reads another one
-                part.copy_(_attend(module.mha, part, bias, part_mask, halves))
+                attend(part, part_mask, place=part)
             out = x
         else:
-            out = torch.cat([_attend(module.mha, part, bias, part_mask, halves) for part, part_mask in parts], -3)
+            out = torch.cat([attend(part, part_mask) for part, part_mask in parts], -3)
     return out if module.starting else out.transpose(-2, -3)
 
 
-def _attend(mha: Any, x: Tensor, bias: DenseBias, mask: Tensor | None, halves: bool) -> Tensor:
-    """Gated attention within each row of x, `(*batch, rows, N, c)`."""
-    query, key, value = mha._prep_qkv(x, x, apply_scale=False)  # views (*batch, rows, H, N, C)
+def _attend(
+    mha: Any,
+    x: Tensor,
+    bias: DenseBias,
+    mask: Tensor | None,
+    halves: bool,
+    joint: Tensor | None,
+    place: Tensor | None,
+) -> Tensor:
+    """Gated attention within each row of x, `(*batch, rows, N, c)`; written to `place` where that is given."""
+    query, key, value, gate = fused.projected(mha, x, joint)  # views (*batch, rows, H, N, C)
     unit = None
     if halves:
         query, key, value, unit = precision.as_halves(query, key, value)
     out = biased_attention(query, key, value, bias, mask=_segments(mask), scale=mha.c_hidden**-0.5)
     assert isinstance(out, Tensor)
-    out = precision.in_units(out, unit)
     if mha.linear_g is not None:
-        gate = mha.sigmoid(mha.linear_g(x)).unflatten(-1, (mha.no_heads, -1))
-        # In this order the product has the layout of the gate, whose heads lie side by side.
-        out = gate * out if gate.requires_grad or out.requires_grad else gate.mul_(out)
-    return mha.linear_o(out.flatten(-2))
+        out = _gated(mha, mha.linear_g(x) if gate is None else gate, out, unit)
+    else:
+        out = precision.in_units(out, unit).flatten(-2)
+    return fused.placed(mha, out, place)
+
+
+def _gated(mha: Any, gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
+    """The operator's output, in its unit, times the sigmoid of the gate, `(*batch, rows, N, H C)`."""
+    if fused.gates(mha, gate, out, unit):
+        from flashbias.kernels.gate import gated
+
+        return gated(gate, out, unit)
+    out = precision.in_units(out, unit)
+    gate = mha.sigmoid(gate).unflatten(-1, (mha.no_heads, -1))
+    # In this order the product has the layout of the gate, whose heads lie side by side.
+    out = gate * out if gate.requires_grad or out.requires_grad else gate.mul_(out)
+    return out.flatten(-2)
 
 
 def _segments(mask: Tensor | None) -> Mask | None:

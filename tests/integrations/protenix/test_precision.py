@@ -46,6 +46,13 @@ def attention(query, key, value, bias, rounded=lambda x: x):
     return rounded(scores.softmax(-1)) @ rounded(value)
 
 
+@pytest.fixture(params=["operations", "kernels"])
+def by(request, monkeypatch):
+    """What makes halves: torch's operations, or the two kernels, through the interpreter where there is no GPU."""
+    monkeypatch.setattr(precision, "_has_kernels", lambda *tensors: request.param == "kernels")
+    return request.param
+
+
 def by_halves(query, key, value, bias):
     *halves, unit = precision.as_halves(query, key, value)
     return precision.in_units(biased_attention(*halves, DenseBias(bias), scale=SCALE), unit).transpose(-2, -3)
@@ -71,7 +78,7 @@ def draw(n=150, c=24, heads=2, batch=(2,), scales=(1.0, 1.0, 1.0)):
         (0, 0, 0),
     ],
 )
-def test_nothing_is_lost_that_tf32_keeps(scales):
+def test_nothing_is_lost_that_tf32_keeps(by, scales):
     torch.manual_seed(0)
     inputs = draw(scales=scales)
     bias = torch.randn(2, 150, 150, device=DEVICE)
@@ -83,7 +90,7 @@ def test_nothing_is_lost_that_tf32_keeps(scales):
     assert ours.isfinite().all()
 
 
-def test_heads_have_units_of_their_own():
+def test_heads_have_units_of_their_own(by):
     torch.manual_seed(0)
     heads = torch.tensor([1e-5, 1e5], device=DEVICE)[:, None, None]
     query, key, value = draw()
@@ -95,7 +102,8 @@ def test_heads_have_units_of_their_own():
         assert (ours - exact)[:, head].norm() <= 1.3 * (theirs - exact)[:, head].norm()
 
 
-def test_halves_lie_as_what_they_are_made_of():
+def test_halves_lie_as_what_they_are_made_of(monkeypatch):
+    monkeypatch.setattr(precision, "_has_kernels", lambda *tensors: False)
     query, key, value = (x.transpose(-2, -3).contiguous().transpose(-2, -3) for x in draw())
     for made, x in zip(precision.as_halves(query, key, value), (query, key, value), strict=False):
         assert made.stride() == x.stride()
@@ -105,7 +113,19 @@ def test_halves_lie_as_what_they_are_made_of():
     assert made.is_contiguous()
 
 
-def test_nan_stays_in_its_head():
+def test_kernels_make_halves_of_fp32_that_is_all_alike(monkeypatch):
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+    query, key, value = draw()
+    assert precision._has_kernels(query, key[..., :9, :], value[..., :9, :])
+    assert not precision._has_kernels(query, key, value[..., :9])  # another number of features
+    assert not precision._has_kernels(query[:1], key, value)
+    assert not precision._has_kernels(query.double(), key.double(), value.double())
+    assert not precision._has_kernels(query[..., :0, :], key, value)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not precision._has_kernels(query, key, value)
+
+
+def test_nan_stays_in_its_head(by):
     query, key, value = draw()
     value[0, 1, 3, 2] = torch.nan
     out = by_halves(query, key, value, torch.zeros(2, 150, 150, device=DEVICE))

@@ -20,13 +20,24 @@ class OpenfoldLinear(nn.Linear):
             return F.linear(input, self.weight.to(input.dtype))
 
 
-class LayerNorm(nn.LayerNorm):
-    def __init__(self, c_in, create_offset=True):
-        super().__init__(c_in, bias=create_offset)
+class OpenFoldLayerNorm(nn.Module):
+    """A layer norm that takes bf16 as it is, also under autocast."""
+
+    def __init__(self, c_in, create_scale=True, create_offset=True, eps=1e-5):
+        super().__init__()
+        self.c_in, self.eps = (c_in,), eps
+        self.register_parameter("weight", nn.Parameter(torch.ones(c_in)) if create_scale else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(c_in)) if create_offset else None)
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        if x.dtype != torch.bfloat16:
+            return F.layer_norm(x, self.c_in, self.weight, self.bias, self.eps)
+        weight, bias = (None if w is None else w.to(x.dtype) for w in (self.weight, self.bias))
+        with torch.amp.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.c_in, weight, bias, self.eps)
+
+
+LayerNorm = OpenFoldLayerNorm
 
 
 def _attention(query, key, value, biases):

@@ -1,0 +1,53 @@
+"""The kernels of halves, norms and gates as a GPU gets them: compiled for it, on a machine without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SCRIPT = """
+import json, sys
+import torch
+from crosscompile import Recorder
+from flashbias.kernels import gate, halves, norm
+
+reports = []
+
+def compiled(kernel, grid, device, arguments, **constants):
+    Recorder(kernel, int(sys.argv[1]), reports)[grid](**arguments, **constants)
+
+gate.launch_known = halves.launch_known = norm.launch_known = compiled
+half, fp32 = torch.bfloat16, torch.float32
+
+def empty(*shape, dtype=fp32):
+    return torch.empty(shape, dtype=dtype)
+
+for batch, heads, c in ((2, 16, 48), (1, 16, 24), (6, 4, 32)):
+    projected = [empty(batch, 70, heads, c).transpose(1, 2) for _ in range(3)]
+    halves.as_halves(*projected, 2.0**15, 1e-30)
+for dtype in (half, fp32):
+    x, weight = empty(20, 30, 128, dtype=dtype), empty(128)
+    norm.layer_norm(x, weight, weight, 1e-5)
+    norm.layer_norm(x.transpose(0, 1)[..., :100], None, None, 1e-5)
+    gates = empty(20, 30, 512, dtype=dtype).chunk(4, -1)[3]
+    gate.gated(gates, empty(20, 4, 30, 32, dtype=dtype), None)
+gate.gated(gates, empty(20, 4, 30, 32, dtype=torch.float16), empty(20, 4, 1, 1))
+print(json.dumps(reports))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_compiles_without_spills(arch: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(arch)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = json.loads(done.stdout)
+    assert {report["kernel"] for report in reports} == {"most_kernel", "halves_kernel", "norm_kernel", "gate_kernel"}
+    assert [report for report in reports if report["spills"]] == []

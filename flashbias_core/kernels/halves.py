@@ -20,14 +20,14 @@ PROGRAMS, MAX_SHARES = 1024, 32  # that look for the largest: at least so many w
 
 
 def as_halves(
-    query: Tensor, key: Tensor, value: Tensor, largest: float, smallest: float
+    query: Tensor, key: Tensor, value: Tensor, factor: float, largest: float, smallest: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values as fp16, and the unit of an output from them, `(*batch, H, 1, 1)` in fp32.
 
     All are `(*batch, H, N, C)` in fp32 with the same batch, heads and features, not empty, of any strides; what is
     made is contiguous, with the rows of a head side by side. In every head the largest value becomes `largest`, and
-    queries and keys have the same largest entry, at most `largest`, with the same products. No magnitude counts as
-    less than `smallest`.
+    queries and keys have the same largest entry, at most `largest`, with `factor` times the products. No magnitude
+    counts as less than `smallest`.
     """
     heads, n_q, c = query.shape[-3:]
     n_k, lead = key.shape[-2], query.shape[:-2]
@@ -54,7 +54,7 @@ def as_halves(
     launch_known(most_kernel, (number, 3 * shares), query.device, given | {"most": most}, **sizes)
     launch_known(
         halves_kernel, (number, 3 * blocks), query.device, given | {"most": most, "unit": unit} | halves,
-        **sizes, LARGEST=largest, SMALLEST=smallest,
+        **sizes, FACTOR=factor, LARGEST=largest, SMALLEST=smallest,
     )  # fmt: skip
     return halves["query_half"], halves["key_half"], halves["value_half"], unit
 
@@ -121,7 +121,7 @@ def halves_kernel(
     query, key, value, query_half, key_half, value_half, most, unit,
     q_batch, q_head, q_row, q_column, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column, n_q, n_k,
     HEADS: tl.constexpr, SHARES: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    FACTOR: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values over the units that follow from their largest magnitudes, and that of the values."""
     i_head, n_heads = tl.program_id(0), tl.num_programs(0)
@@ -138,7 +138,7 @@ def halves_kernel(
     else:
         b_q = load_most(most + i_head * SHARES, SHARES, SMALLEST)
         b_k = load_most(most + (n_heads + i_head) * SHARES, SHARES, SMALLEST)
-        b_both = tl.sqrt_rn(b_q * b_k)
+        b_both = tl.sqrt_rn(b_q * b_k * FACTOR)
         b_both = tl.where(b_both > LARGEST, LARGEST, b_both)
         if i_tensor == 0:
             b_unit = tl.div_rn(b_q, b_both)

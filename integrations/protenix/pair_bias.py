@@ -25,10 +25,13 @@ def attention(
     `enable_efficient_fusion`.
     """
     bias = kept_bias(module, lambda: with_aligned_rows(_bias(module, z, enable_efficient_fusion)))
-    query, key, value, unit = precision.as_permitted(*module.attention._prep_qkv(q, kv, apply_scale=False))
-    out = biased_attention(query, key, value, DenseBias(bias), scale=module.attention.c_hidden**-0.5)
+    inner = module.attention
+    query, key, value, scale, unit = precision.as_permitted(
+        *inner._prep_qkv(q, kv, apply_scale=False), inner.c_hidden**-0.5
+    )
+    out = biased_attention(query, key, value, DenseBias(bias), scale=scale)
     assert isinstance(out, Tensor)
-    return module.attention._wrap_up(precision.in_units(out, unit), q)
+    return inner._wrap_up(precision.in_units(out, unit), q)
 
 
 def _bias(module: Any, z: Tensor, fused: bool) -> Tensor:

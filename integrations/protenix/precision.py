@@ -5,6 +5,8 @@ multiplies to tf32. The operator never does that by itself. fp16 has as many bit
 lacks in range is made up for by factors for each head, chosen where the numbers are: nothing waits for the GPU.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from flashbias.integrations.integration import run_while_traced
 
 LARGEST = 2.0**15  # half of what fp16 can hold, a power of two
 SMALLEST = 1e-30  # that is divided by
+# The operator's scale for halves, whose products have the rest of the scale in them. Times log2(e) it is exactly 1 in
+# fp32: a row's largest exponent is then exactly 0, while rounding one of 2^29 would leave up to 2^16 of it, as infinite
+# a weight in fp16 as it is wrong.
+SCALE = math.log(2)
 ENOUGH_SCORES = 2**25  # with fewer, the conversion's launches take longer than an H200 saves by one product for six
 
 
@@ -36,29 +42,37 @@ def permits_halves(x: Tensor, scores: int) -> bool:
     return not torch.is_autocast_enabled(x.device.type) and tf32_is_permitted()
 
 
-def as_permitted(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys and values for the operator, and the unit of its output; as they are, in no unit, or as halves."""
-    scores = query.shape[:-1].numel() * key.shape[-2]
-    return as_halves(query, key, value) if permits_halves(query, scores) else (query, key, value, None)
+def as_permitted(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
+    """Queries, keys, values and their scale for the operator, and the unit of its output, None where that is 1.
+
+    As they are, or as halves.
+    """
+    if permits_halves(query, query.shape[:-1].numel() * key.shape[-2]):
+        return as_halves(query, key, value, scale)
+    return query, key, value, scale, None
 
 
-def as_halves(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values `(*batch, H, N, C)` as fp16, and the unit `(*batch, H, 1, 1)` of an output from them.
+def as_halves(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
+    """Queries, keys and values `(*batch, H, N, C)` as fp16, their scale, and the unit `(*batch, H, 1, 1)` of an output.
 
     In every head the largest value becomes `LARGEST`, and queries and keys have the same largest entry, with the same
-    products as before. Where that would be beyond `LARGEST`, products are smaller than before: of such scores, 10^9
+    scaled products as before. Where that would be beyond `LARGEST`, they are smaller than before: of such scores, 10^9
     and more, tf32 knows no more than which is the largest. Zeros stay zeros, and NaN spreads through its head.
     """
+    factor = scale / SCALE
     if _has_kernels(query, key, value):
         from flashbias.kernels import halves
 
-        return halves.as_halves(query, key, value, LARGEST, SMALLEST)
+        query, key, value, unit = halves.as_halves(query, key, value, factor, LARGEST, SMALLEST)
+        return query, key, value, SCALE, unit
     q_most, k_most, v_most = torch.stack(
         [torch.linalg.vector_norm(x, torch.inf, (-2, -1), keepdim=True) for x in (query, key, value)]
     ).clamp_(min=SMALLEST)
-    both = (q_most * k_most).sqrt_().clamp_(max=LARGEST)
+    both = (q_most * k_most * factor).sqrt_().clamp_(max=LARGEST)
     unit = v_most / LARGEST
-    return _over(query, q_most / both), _over(key, k_most / both), _over(value, unit), unit
+    return _over(query, q_most / both), _over(key, k_most / both), _over(value, unit), SCALE, unit
 
 
 def to_half(bias: Tensor) -> Tensor:

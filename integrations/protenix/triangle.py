@@ -73,10 +73,10 @@ def _attend(
 ) -> Tensor:
     """Gated attention within each row of x, `(*batch, rows, N, c)`; written to `place` where that is given."""
     query, key, value, gate = fused.projected(mha, x, joint)  # views (*batch, rows, H, N, C)
-    unit = None
+    scale, unit = mha.c_hidden**-0.5, None
     if halves:
-        query, key, value, unit = precision.as_halves(query, key, value)
-    out = biased_attention(query, key, value, bias, mask=_segments(mask), scale=mha.c_hidden**-0.5)
+        query, key, value, scale, unit = precision.as_halves(query, key, value, scale)
+    out = biased_attention(query, key, value, bias, mask=_segments(mask), scale=scale)
     assert isinstance(out, Tensor)
     if mha.linear_g is not None:
         out = _gated(mha, mha.linear_g(x) if gate is None else gate, out, unit)

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from flashbias.kernels.halves import as_halves
 
-LARGEST, SMALLEST = 2.0**15, 1e-30
+FACTOR, LARGEST, SMALLEST = 0.3, 2.0**15, 1e-30
 
 
 def expected(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """The same formula, in float64 but for the largest magnitudes."""
     q, k, v = (x.abs().amax((-2, -1), keepdim=True).clamp(min=SMALLEST) for x in (query, key, value))
-    both = (q * k).sqrt().clamp(max=LARGEST)
+    both = (q * k * FACTOR).sqrt().clamp(max=LARGEST)
     unit = v / LARGEST
     return (
         query.double() / (q / both).double(),
@@ -28,7 +28,7 @@ def draw(device: str, n_q: int = 37, n_k: int = 150, c: int = 24, batch: tuple[i
 
 def assert_halves(inputs: list[Tensor]) -> None:
     *wanted, unit = expected(*inputs)
-    *made, made_unit = as_halves(*inputs, LARGEST, SMALLEST)
+    *made, made_unit = as_halves(*inputs, FACTOR, LARGEST, SMALLEST)
     torch.testing.assert_close(made_unit, unit, rtol=2**-22, atol=0)
     assert made_unit.shape == unit.shape
     for half, exact in zip(made, wanted, strict=True):
@@ -65,7 +65,7 @@ def test_the_largest_is_found_wherever_it_is(device: str, place: int) -> None:
     for x in inputs:
         x[1, 2, place, place % 24] = -300.0
     assert_halves(inputs)
-    half = as_halves(*inputs, LARGEST, SMALLEST)[2]
+    half = as_halves(*inputs, FACTOR, LARGEST, SMALLEST)[2]
     assert half[1, 2, place, place % 24] == -LARGEST
 
 
@@ -92,7 +92,7 @@ def test_a_strange_number_spoils_its_head_only(device: str, strange: float, tens
     plain = draw(device)
     spoilt = [x.clone() for x in plain]
     spoilt[tensor][0, 1, 3, 2] = strange
-    wanted, made = as_halves(*plain, LARGEST, SMALLEST), as_halves(*spoilt, LARGEST, SMALLEST)
+    wanted, made = as_halves(*plain, FACTOR, LARGEST, SMALLEST), as_halves(*spoilt, FACTOR, LARGEST, SMALLEST)
     others = torch.ones(2, 3, dtype=torch.bool)
     others[0, 1] = False
     for a, b in zip(made, wanted, strict=True):

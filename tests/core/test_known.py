@@ -28,7 +28,7 @@ def empty(*shape, dtype=fp32):
 
 for batch, heads, c in ((2, 16, 48), (1, 16, 24), (6, 4, 32)):
     projected = [empty(batch, 70, heads, c).transpose(1, 2) for _ in range(3)]
-    halves.as_halves(*projected, 2.0**15, 1e-30)
+    halves.as_halves(*projected, 0.25, 2.0**15, 1e-30)
 for dtype in (half, fp32):
     x, weight = empty(20, 30, 128, dtype=dtype), empty(128)
     norm.layer_norm(x, weight, weight, 1e-5)

@@ -1,6 +1,7 @@
 """Halves in the place of tf32: where they are used, and what they lose beside tf32."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ def by(request, monkeypatch):
 
 
 def by_halves(query, key, value, bias):
-    *halves, unit = precision.as_halves(query, key, value)
-    return precision.in_units(biased_attention(*halves, DenseBias(bias), scale=SCALE), unit).transpose(-2, -3)
+    *halves, scale, unit = precision.as_halves(query, key, value, SCALE)
+    return precision.in_units(biased_attention(*halves, DenseBias(bias), scale=scale), unit).transpose(-2, -3)
 
 
 def draw(n=150, c=24, heads=2, batch=(2,), scales=(1.0, 1.0, 1.0)):
@@ -102,10 +103,21 @@ def test_heads_have_units_of_their_own(by):
         assert (ours - exact)[:, head].norm() <= 1.3 * (theirs - exact)[:, head].norm()
 
 
+def test_a_row_with_one_huge_score_gets_a_value_and_not_a_multiple_of_it(by):
+    """Kernels multiply by log2(e) and subtract at once: what rounding leaves of the largest exponent has to be 0."""
+    log2_e = torch.tensor(1 / math.log(2), dtype=torch.float32)
+    assert log2_e * torch.tensor(precision.SCALE, dtype=torch.float32) == 1
+    query, key, value = draw(scales=(1e9, 1e9, 1))
+    out = by_halves(query.abs(), key.abs(), value, torch.zeros(2, 150, 150, device=DEVICE))
+    assert out.isfinite().all()
+    rows = (out[..., None, :] - value[..., None, :, :]).abs().amax(-1).amin(-1)
+    assert rows.max() <= 2**-10 * value.abs().amax()
+
+
 def test_halves_lie_as_what_they_are_made_of(monkeypatch):
     monkeypatch.setattr(precision, "_has_kernels", lambda *tensors: False)
     query, key, value = (x.transpose(-2, -3).contiguous().transpose(-2, -3) for x in draw())
-    for made, x in zip(precision.as_halves(query, key, value), (query, key, value), strict=False):
+    for made, x in zip(precision.as_halves(query, key, value, SCALE), (query, key, value), strict=False):
         assert made.stride() == x.stride()
     out = draw()[0].half()
     made = precision.in_units(out, torch.ones(2, 2, 1, 1, device=DEVICE))

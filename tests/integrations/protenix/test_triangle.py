@@ -8,6 +8,7 @@ from torch.utils import checkpoint
 
 from flashbias import DenseBias, Segments
 from flashbias.integrations import verify
+from flashbias.integrations.protenix import fused
 from flashbias.testing import assert_as_accurate
 
 from .conftest import DEVICE
@@ -124,19 +125,24 @@ def test_a_row_without_keys_gets_no_update(make_triangle, stock):
     torch.testing.assert_close(ours[others], theirs[others], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("joint", [False, True], ids=["four products", "one product"])
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_nothing_is_copied_or_expanded(make_triangle, calls, chunk_size):
-    n, mask = 8, make_mask(8)
+def test_nothing_is_copied_or_expanded(make_triangle, calls, monkeypatch, chunk_size, joint):
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+    if not joint:
+        monkeypatch.setattr(fused, "may_join", lambda mha: False)
+    heads, c, n, mask = 2, 8, 8, make_mask(8)
+    width = heads * c * (4 if joint else 1)
     with torch.no_grad():
-        make_triangle(heads=2)(make_input(n), mask, chunk_size=chunk_size)
+        make_triangle(heads=heads)(make_input(n), mask, chunk_size=chunk_size)
     for (query, key, value, bias), options in calls:
         rows = query.shape[0]
         for tensor in (query, key, value):
-            assert tensor.shape == (rows, 2, n, 8)
-            assert tensor.stride() == (n * 2 * 8, 8, 2 * 8, 1)  # as the projection has written it
-            assert tensor._base is not None
+            assert tensor.shape == (rows, heads, n, c)
+            assert tensor.stride() == (n * width, c, width, 1)  # as the product has written it
+            assert tensor._base.numel() == rows * n * width
         assert isinstance(bias, DenseBias)
-        assert bias.values.shape == (1, 2, n, n)
+        assert bias.values.shape == (1, heads, n, n)
         assert isinstance(options["mask"], Segments)
         assert options["mask"].k_ids.numel() == rows * n
 

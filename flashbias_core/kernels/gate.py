@@ -17,22 +17,23 @@ ENTRIES = 4096  # of a tile
 def gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
     """`sigmoid(gate) * out * unit`, `(*batch, N, H C)` in the dtype of the gate, rounded once; contiguous.
 
-    gate `(*batch, N, H C)`, of any strides; out `(*batch, H, N, C)` of the operator; unit `(*batch, H, 1, 1)` in fp32,
-    contiguous, or None for 1.
+    gate and out `(*batch, H, N, C)`, of any strides; unit `(*batch, H, 1, 1)` in fp32, contiguous, or None for 1.
     """
-    heads, n, c = out.shape[-3:]
-    made = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    *lead, heads, n, c = out.shape
+    made = torch.empty((*lead, n, heads * c), dtype=gate.dtype, device=gate.device)
     if made.numel() == 0:
         return made
-    gate, out = gate.reshape(-1, n, heads * c), out.reshape(-1, heads, n, c)
-    strides = dict(zip(("g_batch", "g_row", "g_column"), gate.stride(), strict=True))
-    strides |= dict(zip(("o_batch", "o_head", "o_row", "o_column"), out.stride(), strict=True))
+    gate, out = gate.reshape(-1, heads, n, c), out.reshape(-1, heads, n, c)
+    g_batch, g_head, g_row, g_column = gate.stride()
+    o_batch, o_head, o_row, o_column = out.stride()
     width = triton.next_power_of_2(c)
     rows = min(max(ENTRIES // width, 1), triton.next_power_of_2(n))
     blocks = plan.cdiv(n, rows)
     launch_known(
-        gate_kernel, (len(out) * blocks * heads, 1), gate.device,
-        {"gate": gate, "out": out, "unit": unit, "made": made, "n": n, "n_blocks": blocks} | strides,
+        gate_kernel, (out.shape[0] * blocks * heads, 1), gate.device,
+        {"gate": gate, "out": out, "unit": unit, "made": made},
+        {"n": n, "n_blocks": blocks, "g_batch": g_batch, "g_head": g_head, "g_row": g_row, "g_column": g_column,
+         "o_batch": o_batch, "o_head": o_head, "o_row": o_row, "o_column": o_column},
         HEADS=heads, C=c, WIDTH=width, ROWS=rows,
     )  # fmt: skip
     return made
@@ -40,17 +41,18 @@ def gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
 
 @triton.jit(do_not_specialize=["n", "n_blocks"])
 def gate_kernel(
-    gate, out, unit, made, n, n_blocks, g_batch, g_row, g_column, o_batch, o_head, o_row, o_column,
+    gate, out, unit, made, n, n_blocks,
+    g_batch, g_head, g_row, g_column, o_batch, o_head, o_row, o_column,
     HEADS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one head; heads come one after the other, since their gates lie side by side."""
+    """A block of rows of one head; heads come one after the other, since what is made has them side by side."""
     i_h, i_all = (tl.program_id(0) % HEADS).to(tl.int64), tl.program_id(0) // HEADS
     i_b, i_block = (i_all // n_blocks).to(tl.int64), i_all % n_blocks
     o_n = i_block * ROWS + tl.arange(0, ROWS)[:, None]
     o_c = tl.arange(0, WIDTH)[None, :]
     inside = (o_n < n) & (o_c < C)
     o_n, o_c = o_n.to(tl.int64), o_c.to(tl.int64)
-    p_gate = gate + i_b * g_batch + o_n * g_row + (i_h * C + o_c) * g_column
+    p_gate = gate + i_b * g_batch + i_h * g_head + o_n * g_row + o_c * g_column
     b_gate = tl.sigmoid(tl.load(p_gate, mask=inside, other=0.0).to(tl.float32))
     p_out = out + i_b * o_batch + i_h * o_head + o_n * o_row + o_c * o_column
     b_out = tl.load(p_out, mask=inside, other=0.0).to(tl.float32)

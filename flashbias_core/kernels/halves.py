@@ -15,6 +15,7 @@ from flashbias import plan
 
 from .known import launch_known
 
+DIMENSIONS = ("batch", "head", "row", "column")
 ENTRIES = 4096  # of a tile
 PROGRAMS, MAX_SHARES = 1024, 32  # that look for the largest: at least so many where heads are few; so many per head
 
@@ -31,29 +32,23 @@ def as_halves(
     """
     heads, n_q, c = query.shape[-3:]
     n_k, lead = key.shape[-2], query.shape[:-2]
-    inputs = {
-        name: x.reshape(-1, *x.shape[-3:]) for name, x in (("query", query), ("key", key), ("value", value))
-    }  # which copies nothing, unless batch dimensions do not fold into one
-    halves = {
-        f"{name}_half": torch.empty(x.shape, dtype=torch.float16, device=x.device)
-        for name, x in (("query", query), ("key", key), ("value", value))
-    }
+    given = {"query": query, "key": key, "value": value}
+    # Copies nothing, unless batch dimensions do not fold into one.
+    inputs = {name: x.reshape(-1, *x.shape[-3:]) for name, x in given.items()}
+    halves = {f"{name}_half": torch.empty(x.shape, dtype=torch.float16, device=x.device) for name, x in given.items()}
     unit = query.new_empty((*lead, 1, 1))
-    strides = {
-        f"{name[0]}_{dimension}": stride
-        for name, x in inputs.items()
-        for dimension, stride in zip(("batch", "head", "row", "column"), x.stride(), strict=True)
-    }
+    numbers = {"n_q": n_q, "n_k": n_k}
+    for name, x in inputs.items():
+        numbers |= {f"{name[0]}_{along}": stride for along, stride in zip(DIMENSIONS, x.stride(), strict=True)}
     width = triton.next_power_of_2(c)
     rows = max(ENTRIES // width, 1)
     number, blocks = lead.numel(), plan.cdiv(max(n_q, n_k), rows)
     shares = min(triton.next_power_of_2(plan.cdiv(PROGRAMS, 3 * number)), triton.next_power_of_2(blocks), MAX_SHARES)
     most = query.new_empty((3, number, shares))
-    given = inputs | strides | {"n_q": n_q, "n_k": n_k}
     sizes = {"HEADS": heads, "SHARES": shares, "C": c, "WIDTH": width, "ROWS": rows}
-    launch_known(most_kernel, (number, 3 * shares), query.device, given | {"most": most}, **sizes)
+    launch_known(most_kernel, (number, 3 * shares), query.device, inputs | {"most": most}, numbers, **sizes)
     launch_known(
-        halves_kernel, (number, 3 * blocks), query.device, given | {"most": most, "unit": unit} | halves,
+        halves_kernel, (number, 3 * blocks), query.device, inputs | halves | {"most": most, "unit": unit}, numbers,
         **sizes, FACTOR=factor, LARGEST=largest, SMALLEST=smallest,
     )  # fmt: skip
     return halves["query_half"], halves["key_half"], halves["value_half"], unit

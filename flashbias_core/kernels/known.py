@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .compiled import Known, kinds, launch
+from .compiled import Known, kind, launch
 
 _COMPILED: dict[Hashable, Known] = {}  # does not grow with the number of lengths
+_kinds = lru_cache(maxsize=2048)(kind)
 
 
 def launch_known(
-    kernel: Any, grid: tuple[int, int], device: torch.device, arguments: dict[str, Any], **constants: Any
+    kernel: Any,
+    grid: tuple[int, int],
+    device: torch.device,
+    tensors: dict[str, Tensor | None],
+    numbers: dict[str, int | float],
+    **constants: Any,
 ) -> None:
-    """Launch a kernel on a device with arguments, and constants that its code depends on by their values."""
-    key = (id(kernel), device, *kinds(arguments), *constants.values())
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        launch(kernel, grid, arguments, lambda: constants, _COMPILED, key)
+    """Launch a kernel on a device, with constants that its code depends on by their values."""
+    key = (id(kernel), device, _kinds(tuple(numbers.values())), *map(kind, tensors.values()), *constants.values())
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        launch(kernel, grid, tensors | numbers, lambda: constants, _COMPILED, key)

@@ -29,14 +29,16 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if out.numel() == 0:
         return out
     rows = x.reshape(1, -1, c) if x.is_contiguous() or x.dim() < 3 else x.reshape(-1, *x.shape[-2:])
-    if len(rows) > MAX_BATCH:
+    if rows.shape[0] > MAX_BATCH:
         rows = x.reshape(-1, c)[None].contiguous()
+    batch, n, _ = rows.shape
+    x_batch, x_row, x_column = rows.stride()
     width = triton.next_power_of_2(c)
     tile = max(ENTRIES // width, 1)
-    strides = dict(zip(("x_batch", "x_row", "x_column"), rows.stride(), strict=True))
     launch_known(
-        norm_kernel, (plan.cdiv(rows.shape[1], tile), len(rows)), x.device,
-        {"x": rows, "weight": weight, "bias": bias, "out": out, "n": rows.shape[1], "eps": eps} | strides,
+        norm_kernel, (plan.cdiv(n, tile), batch), x.device,
+        {"x": rows, "weight": weight, "bias": bias, "out": out},
+        {"n": n, "eps": eps, "x_batch": x_batch, "x_row": x_row, "x_column": x_column},
         C=c, WIDTH=width, ROWS=tile,
     )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ In inference on a GPU, and where the host's layers are its own and nobody has ho
 them. Each question `may_...` below decides about one part; a part that may not is computed by the host's layers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,21 @@ from flashbias.integrations.integration import is_hooked
 
 _LAYERS = "protenix.model.triangular.layers"
 _DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Parts(NamedTuple):
+    """What the host's layers do not compute in a call of a module, in all its chunks alike.
+
+    bias, joint, out: weights of the bias' projection, of the four of queries, keys, values and gates one below the
+    other, `(4 H C, c)`, and of the output's, in bf16 beside such an input; None where the host's layers project.
+    gate: whether the kernel gates. All weights are read anew in every call, which takes less time than to find out
+    whether what was made of them is still right.
+    """
+
+    bias: Tensor | None = None
+    joint: Tensor | None = None
+    gate: bool = False
+    out: Tensor | None = None
 
 
 def may_normalise(norm: nn.Module, x: Tensor) -> bool:
@@ -28,10 +43,17 @@ def may_normalise(norm: nn.Module, x: Tensor) -> bool:
     return all(w is None or (_is_plain(w) and w.dtype in (x.dtype, torch.float32)) for w in weights)
 
 
-def may_join(mha: Any) -> bool:
-    """Whether one product makes queries, keys, values and gates: none of the projections is anything but a matrix."""
-    layers = [mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g]
-    return all(map(_is_projection, layers)) and len({layer.weight.dtype for layer in layers}) == 1
+def may_join(layers: tuple[Any, ...]) -> bool:
+    """Whether one product makes queries, keys, values and gates."""
+    return all(map(may_project, layers)) and len({layer.weight.dtype for layer in layers}) == 1
+
+
+def may_project(layer: Any) -> bool:
+    """Whether a layer multiplies by its weight and does nothing else."""
+    if not _is_own(layer, "OpenfoldLinear") or layer.bias is not None or getattr(layer, "precision", None) is not None:
+        return False
+    weight = layer.weight
+    return _is_plain(weight) and weight.dtype in _DTYPES
 
 
 def may_gate(mha: Any) -> bool:
@@ -39,16 +61,28 @@ def may_gate(mha: Any) -> bool:
     return type(mha.sigmoid) is nn.Sigmoid and not is_hooked(mha.sigmoid)
 
 
-def may_place(mha: Any) -> bool:
-    """Whether the last product of a chunk is written where it belongs."""
-    return _is_projection(mha.linear_o)
-
-
 def is_possible(x: Tensor) -> bool:
     """Whether any of that may be: no gradients, no graph, the operator's kernels, and a dtype that they have."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in _DTYPES:
         return False
     return plan.backend(x.device) == "triton"
+
+
+def parts(module: Any, x: Tensor) -> Parts:
+    """What is not left to the layers of a module with the normalised input x."""
+    if not is_possible(x):
+        return Parts()
+    mha, half = module.mha, x.dtype == torch.bfloat16
+    layers = (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
+    weights: list[Tensor | None] = [
+        module.linear.weight if may_project(module.linear) else None,
+        torch.cat([layer.weight for layer in layers]) if may_join(layers) else None,
+        # Under autocast what comes out of attention has another dtype than x.
+        mha.linear_o.weight if (half or not _casts(x)) and may_project(mha.linear_o) else None,
+    ]
+    if half:
+        weights = [None if weight is None else weight.to(x.dtype) for weight in weights]
+    return Parts(weights[0], weights[1], may_gate(mha), weights[2])
 
 
 def normalised(norm: Any, x: Tensor) -> Tensor:
@@ -61,62 +95,51 @@ def normalised(norm: Any, x: Tensor) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def joint_weight(mha: Any, x: Tensor) -> Tensor | None:
-    """The weights of the four projections one below the other, `(4 H C, c)`, in bf16 beside such an x; or None.
-
-    Made in every call, which costs less than to find out whether it is still right.
-    """
-    if not (is_possible(x) and may_join(mha)):
-        return None
-    layers = (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    return weight.to(x.dtype) if x.dtype == torch.bfloat16 else weight
+def projected(layer: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+    """What a projection makes of x: the layer, or its weight in the layer's place."""
+    made: Tensor = layer(x) if weight is None else _product(x, weight)
+    return made
 
 
-def projected(mha: Any, x: Tensor, joint: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys and values, views `(*batch, N, H, C)` turned to `(*batch, H, N, C)`, and gates `(*batch, N, H C)`
-    before the sigmoid, or None where they are still to be made."""
+def joined(mha: Any, x: Tensor, joint: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and gates before the sigmoid, `(*batch, H, N, C)`, views of one product; of several, and
+    no gates, which are still to be made, without the weights of that one."""
     if joint is None:
         return *mha._prep_qkv(x, x, apply_scale=False), None
-    query, key, value, gate = _product(x, joint).chunk(4, -1)
-    heads = (part.unflatten(-1, (mha.no_heads, -1)).transpose(-2, -3) for part in (query, key, value))
-    return *heads, gate
+    made = _product(x, joint).unflatten(-1, (4, mha.no_heads, -1))
+    query, key, value, gate = made.transpose(-4, -2).unbind(-3)
+    return query, key, value, gate
 
 
-def gates(mha: Any, gate: Tensor, out: Tensor, unit: Tensor | None) -> bool:
+def has_kernel(gate: Tensor, out: Tensor, unit: Tensor | None) -> bool:
     """Whether the kernel takes this gate and this output of the operator: both have one dtype, with its unit."""
-    dtype = out.dtype if unit is None else unit.dtype
-    return dtype == gate.dtype and is_possible(gate) and may_gate(mha)
+    return type(gate) is Tensor and gate.dtype == (out.dtype if unit is None else unit.dtype)
 
 
-def placed(mha: Any, out: Tensor, place: Tensor | None) -> Tensor:
-    """The output's projection of `(*batch, N, H C)`; written to `place` where that is given."""
+def placed(layer: Any, x: Tensor, weight: Tensor | None, place: Tensor | None) -> Tensor:
+    """The projection of x, which has the dtype of the weight if there is one; in `place` where that is given."""
+    if weight is not None and x.dtype != weight.dtype:
+        weight = None
     if place is None:
-        made: Tensor = mha.linear_o(out)
-        return made
-    # Under autocast a product of fp32 is of another dtype than its place.
-    cast = torch.is_autocast_enabled(out.device.type) and out.dtype != torch.bfloat16
-    alike = out.dtype == place.dtype and not cast and out.is_contiguous() and place.is_contiguous()
-    if not (alike and is_possible(out) and may_place(mha)):
-        return place.copy_(mha.linear_o(out))
-    weight = mha.linear_o.weight.detach().to(out.dtype)
-    torch.mm(out.flatten(0, -2), weight.t(), out=place.view(-1, place.shape[-1]))
+        return projected(layer, x, weight)
+    if weight is None or place.dtype != x.dtype or not (x.is_contiguous() and place.is_contiguous()):
+        return place.copy_(projected(layer, x, weight))
+    torch.mm(x.flatten(0, -2), weight.t(), out=place.view(-1, place.shape[-1]))
     return place
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """As the host's projections have it: bf16 stays what it is, whatever autocast says."""
-    if x.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or not _casts(x):
         return F.linear(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight)
 
 
-def _is_projection(layer: Any) -> bool:
-    """Whether a layer multiplies by its weight and does nothing else."""
-    if not _is_own(layer, "OpenfoldLinear") or layer.bias is not None or getattr(layer, "precision", None) is not None:
-        return False
-    return _is_plain(layer.weight) and layer.weight.dtype in _DTYPES
+def _casts(x: Tensor) -> bool:
+    """Whether autocast would give products of x another dtype."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
 
 
 def _is_own(module: Any, name: str) -> bool:

@@ -37,28 +37,28 @@ def attention(
         x = x.transpose(-2, -3)
         mask = None if mask is None else mask.transpose(-1, -2)
     x = fused.normalised(module.layer_norm, x)
-    values = module.linear(x).movedim(-1, -3)
+    parts = fused.parts(module, x)
+    values = fused.projected(module.linear, x, parts.bias).movedim(-1, -3)
     halves = precision.permits_halves(x, values.numel() * x.shape[-3])  # for all chunks alike: they share the bias
     if halves:
         values = precision.to_half(values)
     bias = DenseBias(with_aligned_rows(values).unsqueeze(-4))  # (*batch, 1, H, N, N)
-    joint = fused.joint_weight(module.mha, x)
 
     def attend(part: Tensor, part_mask: Tensor | None, place: Tensor | None = None) -> Tensor:
-        return _attend(module.mha, part, bias, part_mask, halves, joint, place)
+        return _attend(module.mha, part, bias, part_mask, halves, parts, place)
 
     if chunk_size is None:
         out = attend(x, mask)
     else:
         rows = max(1, chunk_size // math.prod(x.shape[:-3]))
         masks = repeat(None) if mask is None else mask.expand(x.shape[:-1]).split(rows, -2)
-        parts = zip(x.split(rows, -3), masks, strict=False)
+        chunks = zip(x.split(rows, -3), masks, strict=False)
         if inplace_safe and not torch.is_grad_enabled():
-            for part, part_mask in parts:  # no row reads another one
+            for part, part_mask in chunks:  # no row reads another one
                 attend(part, part_mask, place=part)
             out = x
         else:
-            out = torch.cat([attend(part, part_mask) for part, part_mask in parts], -3)
+            out = torch.cat([attend(part, part_mask) for part, part_mask in chunks], -3)
     return out if module.starting else out.transpose(-2, -3)
 
 
@@ -68,31 +68,34 @@ def _attend(
     bias: DenseBias,
     mask: Tensor | None,
     halves: bool,
-    joint: Tensor | None,
+    parts: fused.Parts,
     place: Tensor | None,
 ) -> Tensor:
     """Gated attention within each row of x, `(*batch, rows, N, c)`; written to `place` where that is given."""
-    query, key, value, gate = fused.projected(mha, x, joint)  # views (*batch, rows, H, N, C)
+    query, key, value, gate = fused.joined(mha, x, parts.joint)  # (*batch, rows, H, N, C)
     scale, unit = mha.c_hidden**-0.5, None
     if halves:
         query, key, value, scale, unit = precision.as_halves(query, key, value, scale)
     out = biased_attention(query, key, value, bias, mask=_segments(mask), scale=scale)
     assert isinstance(out, Tensor)
-    if mha.linear_g is not None:
-        out = _gated(mha, mha.linear_g(x) if gate is None else gate, out, unit)
-    else:
+    if mha.linear_g is None:
         out = precision.in_units(out, unit).flatten(-2)
-    return fused.placed(mha, out, place)
+    else:
+        if gate is None:
+            gate = mha.linear_g(x).unflatten(-1, (mha.no_heads, -1)).transpose(-2, -3)
+        out = _gated(mha, gate, out, unit, parts.gate)
+    return fused.placed(mha.linear_o, out, parts.out, place)
 
 
-def _gated(mha: Any, gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
-    """The operator's output, in its unit, times the sigmoid of the gate, `(*batch, rows, N, H C)`."""
-    if fused.gates(mha, gate, out, unit):
+def _gated(mha: Any, gate: Tensor, out: Tensor, unit: Tensor | None, by_kernel: bool) -> Tensor:
+    """The operator's output, in its unit, times the sigmoid of the gate, both `(*batch, rows, H, N, C)`, as
+    `(*batch, rows, N, H C)`."""
+    if by_kernel and fused.has_kernel(gate, out, unit):
         from flashbias.kernels.gate import gated
 
         return gated(gate, out, unit)
     out = precision.in_units(out, unit)
-    gate = mha.sigmoid(gate).unflatten(-1, (mha.no_heads, -1))
+    gate = mha.sigmoid(gate.transpose(-2, -3).flatten(-2)).unflatten(-1, (mha.no_heads, -1))
     # In this order the product has the layout of the gate, whose heads lie side by side.
     out = gate * out if gate.requires_grad or out.requires_grad else gate.mul_(out)
     return out.flatten(-2)

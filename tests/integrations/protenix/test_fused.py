@@ -1,4 +1,4 @@
-"""Layer norm, projections, gate and the copy of triangle attention, each by its kernel, beside the host's module."""
+"""Layer norm, projections and gate of triangle attention without the host's layers, beside the host's module."""
 
 import copy
 import importlib
@@ -13,7 +13,7 @@ from flashbias.testing import assert_as_accurate
 
 from .conftest import DEVICE
 
-PARTS = ("may_normalise", "may_join", "may_gate", "may_place")
+PARTS = ("norm", "bias", "joint", "gate", "out")
 # Through the interpreter, products of bf16 are wrong.
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 
@@ -26,18 +26,32 @@ def kernels(monkeypatch):
 
 @pytest.fixture
 def used(monkeypatch):
-    """The parts that were computed by kernels."""
+    """The parts that were computed without the host's layers, of a triangle attention of 24 channels and 3 heads."""
     found = set()
 
     def watch(module, name, part):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, **kwargs: found.add(part) or function(*args, **kwargs))
 
-    watch(importlib.import_module("flashbias.kernels.norm"), "layer_norm", "may_normalise")
-    watch(importlib.import_module("flashbias.kernels.gate"), "gated", "may_gate")
-    watch(fused, "_product", "may_join")
-    watch(torch, "mm", "may_place")
+        def watched(*args, **kwargs):
+            found.add(part(*args))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(importlib.import_module("flashbias.kernels.norm"), "layer_norm", lambda *args: "norm")
+    watch(importlib.import_module("flashbias.kernels.gate"), "gated", lambda *args: "gate")
+    watch(fused, "_product", lambda x, weight: {3: "bias", 96: "joint", 24: "out"}[len(weight)])
+    watch(torch, "mm", lambda *args: "out")
     return found
+
+
+def allow(monkeypatch, only):
+    """Leave all other parts to the host."""
+    parts, nothing = fused.parts, fused.Parts()._asdict()
+    if only != "norm":
+        monkeypatch.setattr(fused, "may_normalise", lambda norm, x: False)
+    others = {name: value for name, value in nothing.items() if name != only}
+    monkeypatch.setattr(fused, "parts", lambda module, x: parts(module, x)._replace(**others))
 
 
 def make_mask(n):
@@ -61,16 +75,14 @@ def assert_like_the_host(stock, module, x, mask=None, autocast=False, **options)
 def test_each_part_computes_what_the_host_does(
     make_triangle, stock, used, monkeypatch, only, starting, chunk_size, inplace_safe
 ):
-    for part in PARTS:
-        if only not in (None, part):
-            monkeypatch.setattr(fused, part, lambda *args: False)
+    if only is not None:
+        allow(monkeypatch, only)
     n = 13
     x, mask = torch.randn(n, n, 24, device=DEVICE), make_mask(n)
     before = x.clone()
     assert_like_the_host(stock, make_triangle(starting), x, mask, chunk_size=chunk_size, inplace_safe=inplace_safe)
     torch.testing.assert_close(x, before, rtol=0, atol=0)
-    expected = set(PARTS) if only is None else {only}
-    assert used == (expected if inplace_safe else expected - {"may_place"})
+    assert used == (set(PARTS) if only is None else {only})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -80,7 +92,7 @@ def test_sizes(make_triangle, stock, used, n, chunk_size, masked, dtype):
     module, x = make_triangle().to(dtype), torch.randn(n, n, 24, device=DEVICE, dtype=dtype)
     mask = make_mask(n).to(dtype) if masked else None
     assert_like_the_host(stock, module, x, mask, chunk_size=chunk_size, inplace_safe=True)
-    assert used >= {"may_normalise", "may_join", "may_gate"}
+    assert used == set(PARTS)
 
 
 @pytest.mark.parametrize("batch", [(2,), (2, 3)], ids=str)
@@ -88,7 +100,7 @@ def test_sizes(make_triangle, stock, used, n, chunk_size, masked, dtype):
 def test_leading_batch_dimensions(make_triangle, stock, used, batch, chunk_size):
     x = torch.randn(*batch, 11, 11, 24, device=DEVICE)
     assert_like_the_host(stock, make_triangle(False), x, chunk_size=chunk_size, inplace_safe=True)
-    assert used >= {"may_normalise", "may_join", "may_gate"}
+    assert used == set(PARTS)
 
 
 def test_halves_with_their_unit(make_triangle, stock, used, calls, monkeypatch):
@@ -110,25 +122,31 @@ def test_halves_with_their_unit(make_triangle, stock, used, calls, monkeypatch):
 def test_autocast(make_triangle, stock, used, dtype):
     x = torch.randn(40, 40, 24, device=DEVICE, dtype=dtype)
     assert_like_the_host(stock, make_triangle(), x, autocast=True, chunk_size=9, inplace_safe=True)
-    assert used >= {"may_normalise", "may_join", "may_gate"}
+    assert used == set(PARTS)
 
 
 def test_dtypes_under_autocast_are_the_hosts(make_triangle, monkeypatch):
     """Of each part by itself, since bf16 products are wrong through the interpreter."""
     module, x = make_triangle(), torch.randn(9, 9, 24, device=DEVICE)
+    mha = module.mha
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         for given in (x, x.bfloat16()):
             theirs = module.layer_norm(given)
             ours = fused.normalised(module.layer_norm, given)
             torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
-            joint = fused.joint_weight(module.mha, ours)
-            made = fused.projected(module.mha, ours, joint)
-            expected = fused.projected(module.mha, ours, None)[:3]
-            for a, b in zip(made, (*expected, module.mha.linear_g(ours)), strict=True):
+            parts = fused.parts(module, ours)
+            bias = fused.projected(module.linear, ours, parts.bias)
+            torch.testing.assert_close(bias, module.linear(ours), rtol=2**-7, atol=2**-7)
+            *made, gate = fused.joined(mha, ours, parts.joint)
+            expected = fused.joined(mha, ours, None)[:3]
+            gate = gate.transpose(-2, -3).flatten(-2)
+            for a, b in zip((*made, gate), (*expected, mha.linear_g(ours)), strict=True):
                 torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
-            out, place = torch.randn(9, 9, 24, device=DEVICE, dtype=made[0].dtype), torch.empty_like(ours)
-            fused.placed(module.mha, out, place)
-            torch.testing.assert_close(place, module.mha.linear_o(out).to(place.dtype), rtol=2**-7, atol=2**-7)
+            out, place = torch.randn(9, 9, 24, device=DEVICE, dtype=gate.dtype), torch.empty_like(ours)
+            for where in (None, place):
+                made = fused.placed(mha.linear_o, out, parts.out, where)
+                expected = mha.linear_o(out).to(made.dtype if where is None else place.dtype)
+                torch.testing.assert_close(made, expected, rtol=2**-7, atol=2**-7)
 
 
 def hook(module):
@@ -161,37 +179,49 @@ def test_a_layer_norm_that_is_not_the_hosts_own_is_called(make_triangle, used, c
     change(module.layer_norm)
     with torch.no_grad():
         module(torch.randn(9, 9, 24, device=DEVICE), chunk_size=4, inplace_safe=True)
-    assert used == set(PARTS) - {"may_normalise"}
+    assert used == set(PARTS) - {"norm"}
 
 
-@pytest.mark.parametrize("layer", ["linear_q", "linear_g", "linear_o"])
+@pytest.mark.parametrize(("layer", "part"), [("linear_q", "joint"), ("linear_g", "joint"), ("linear_o", "out")])
 @pytest.mark.parametrize(
     "change", [hook, replace, subclass, parametrise, add_bias, demand_precision], ids=lambda change: change.__name__
 )
-def test_a_projection_that_is_more_than_its_weight_is_called(make_triangle, stock, used, change, layer):
+def test_a_projection_that_is_more_than_its_weight_is_called(make_triangle, stock, used, change, layer, part):
     module, x = make_triangle(), torch.randn(9, 9, 24, device=DEVICE)
     change(getattr(module.mha, layer))
     with torch.no_grad():
         ours = module(x, chunk_size=4, inplace_safe=True)
-        assert used == set(PARTS) - {"may_place" if layer == "linear_o" else "may_join"}
+        assert used == set(PARTS) - {part}
         with stock():
             torch.testing.assert_close(ours, module(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_hook_on_the_sigmoid_sees_it(make_triangle, used):
+def test_a_hook_on_the_sigmoid_sees_what_the_host_gives_it(make_triangle, stock, used):
     module, seen = make_triangle(), []
-    module.mha.sigmoid.register_forward_hook(lambda *args: seen.append(1))
+    module.mha.sigmoid.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    x = torch.randn(9, 9, 24, device=DEVICE)
+    with torch.no_grad():
+        module(x)
+        with stock():
+            module(x)
+    torch.testing.assert_close(*seen)
+    assert used == set(PARTS) - {"gate"}
+
+
+def test_a_hook_on_the_projection_of_the_bias_sees_it(make_triangle, used):
+    module, seen = make_triangle(), []
+    module.linear.register_forward_hook(lambda *args: seen.append(1))
     with torch.no_grad():
         module(torch.randn(9, 9, 24, device=DEVICE))
     assert seen == [1]
-    assert "may_gate" not in used
+    assert used == set(PARTS) - {"bias"}
 
 
 def test_ungated_attention(make_triangle, stock, used):
     module = make_triangle()
     module.mha.linear_g = None
     assert_like_the_host(stock, module, torch.randn(14, 14, 24, device=DEVICE), chunk_size=5, inplace_safe=True)
-    assert used == {"may_normalise", "may_place"}
+    assert used == {"norm", "bias", "out"}
 
 
 def test_weights_are_read_anew(make_triangle, stock):
@@ -222,5 +252,5 @@ def test_on_a_cpu_the_hosts_layers_compute(make_triangle, used, monkeypatch):
     monkeypatch.setattr(plan, "backend", lambda device: "cpu")
     with torch.no_grad():
         fused.normalised(make_triangle().layer_norm, torch.randn(9, 9, 24, device=DEVICE))
-        assert fused.joint_weight(make_triangle().mha, torch.randn(9, 9, 24, device=DEVICE)) is None
+        assert fused.parts(make_triangle(), torch.randn(9, 9, 24, device=DEVICE)) == fused.Parts()
     assert used == set()

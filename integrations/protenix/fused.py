@@ -1,7 +1,7 @@
 """What surrounds triangle attention in its module, in fewer and faster kernels, where nobody can see the difference.
 
 In inference on a GPU, and where the host's layers are its own and nobody has hooked, replaced, quantised or adapted
-them. Each question `may_...` below decides about one part; a part that may not is computed by the host's layers.
+them: what is not so is computed by the host's layers, part by part.
 """
 
 from typing import Any, NamedTuple
@@ -32,35 +32,6 @@ class Parts(NamedTuple):
     out: Tensor | None = None
 
 
-def may_normalise(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the kernel computes a layer norm: the host's one in torch. Its own kernel is what it is."""
-    from flashbias.kernels.norm import MAX_CHANNELS
-
-    if not _is_own(norm, "OpenFoldLayerNorm") or norm.c_in != x.shape[-1:] or x.shape[-1] > MAX_CHANNELS:
-        return False
-    # torch refuses other combinations.
-    weights = (norm.weight, norm.bias)
-    return all(w is None or (_is_plain(w) and w.dtype in (x.dtype, torch.float32)) for w in weights)
-
-
-def may_join(layers: tuple[Any, ...]) -> bool:
-    """Whether one product makes queries, keys, values and gates."""
-    return all(map(may_project, layers)) and len({layer.weight.dtype for layer in layers}) == 1
-
-
-def may_project(layer: Any) -> bool:
-    """Whether a layer multiplies by its weight and does nothing else."""
-    if not _is_own(layer, "OpenfoldLinear") or layer.bias is not None or getattr(layer, "precision", None) is not None:
-        return False
-    weight = layer.weight
-    return _is_plain(weight) and weight.dtype in _DTYPES
-
-
-def may_gate(mha: Any) -> bool:
-    """Whether one kernel gates the output."""
-    return type(mha.sigmoid) is nn.Sigmoid and not is_hooked(mha.sigmoid)
-
-
 def is_possible(x: Tensor) -> bool:
     """Whether any of that may be: no gradients, no graph, the operator's kernels, and a dtype that they have."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in _DTYPES:
@@ -72,27 +43,30 @@ def parts(module: Any, x: Tensor) -> Parts:
     """What is not left to the layers of a module with the normalised input x."""
     if not is_possible(x):
         return Parts()
-    mha, half = module.mha, x.dtype == torch.bfloat16
+    mha = module.mha
     layers = (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
-    weights: list[Tensor | None] = [
-        module.linear.weight if may_project(module.linear) else None,
-        torch.cat([layer.weight for layer in layers]) if may_join(layers) else None,
-        # Under autocast what comes out of attention has another dtype than x.
-        mha.linear_o.weight if (half or not _casts(x)) and may_project(mha.linear_o) else None,
-    ]
-    if half:
-        weights = [None if weight is None else weight.to(x.dtype) for weight in weights]
-    return Parts(weights[0], weights[1], may_gate(mha), weights[2])
+    four = [weight for layer in layers if (weight := _weight(layer)) is not None]
+    joint = torch.cat(four) if len(four) == 4 and len({weight.dtype for weight in four}) == 1 else None
+    bias, out, sigmoid = _weight(module.linear), _weight(mha.linear_o), mha.sigmoid
+    if x.dtype == torch.bfloat16:
+        bias, joint, out = (weight if weight is None else weight.to(x.dtype) for weight in (bias, joint, out))
+    elif _casts(x):
+        out = None  # what comes out of attention has another dtype than x
+    return Parts(bias, joint, type(sigmoid) is nn.Sigmoid and not is_hooked(sigmoid), out)
 
 
 def normalised(norm: Any, x: Tensor) -> Tensor:
-    """The layer norm of x, `(..., c)`."""
-    if not (is_possible(x) and may_normalise(norm, x)):
-        out: Tensor = norm(x)
-        return out
-    from flashbias.kernels.norm import layer_norm
+    """The layer norm of x, `(..., c)`; by the kernel in the place of the host's one in torch, not of its own kernel."""
+    if is_possible(x) and _is_own(norm, "OpenFoldLayerNorm") and norm.c_in == x.shape[-1:]:
+        from flashbias.kernels.norm import MAX_CHANNELS, layer_norm
 
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+        weight, bias = norm.weight, norm.bias
+        # Of other dtypes torch refuses weights.
+        known = all(w is None or (_is_plain(w) and w.dtype in (x.dtype, torch.float32)) for w in (weight, bias))
+        if known and x.shape[-1] <= MAX_CHANNELS:
+            return layer_norm(x, weight, bias, norm.eps)
+    out: Tensor = norm(x)
+    return out
 
 
 def projected(layer: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -140,6 +114,14 @@ def _casts(x: Tensor) -> bool:
     """Whether autocast would give products of x another dtype."""
     device = x.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype
+
+
+def _weight(layer: Any) -> Tensor | None:
+    """The weight of a projection that multiplies by it and does nothing else, or None."""
+    if not _is_own(layer, "OpenfoldLinear") or layer.bias is not None or getattr(layer, "precision", None) is not None:
+        return None
+    weight = layer.weight
+    return weight if _is_plain(weight) and weight.dtype in _DTYPES else None
 
 
 def _is_own(module: Any, name: str) -> bool:

@@ -102,6 +102,7 @@ def table(
 def sweep(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = "256,512,768,1024,1536,2048",
     parts: Annotated[str, typer.Option(help="Of triangle, block and run, by commas.")] = "triangle,block,run",
+    kernels: Annotated[str, typer.Option(help="Of Protenix, by commas; runs are compared with the first.")] = "all",
     cycles: Cycles = 1,
     steps: Steps = 10,
     samples: Samples = 5,
@@ -119,13 +120,16 @@ def sweep(
     from .report import Request, Size
     from .sweep import PARTS
     from .sweep import sweep as run
+    from .whole import PACKAGES
 
-    wanted = parts.split(",")
+    wanted, chosen = parts.split(","), list(PACKAGES) if kernels == "all" else kernels.split(",")
     if not set(wanted) <= set(PARTS):
         raise typer.BadParameter(f"{parts}, wanted are {', '.join(PARTS)}", param_hint="--parts")
+    if not set(chosen) <= set(PACKAGES):
+        raise typer.BadParameter(f"{kernels}, wanted are {', '.join(PACKAGES)}", param_hint="--kernels")
     path = out / "protenix_sweep.csv"
     request = Request(Size(cycles, steps, samples, seed), None, features, checkpoint, blocks, device, out=out)
-    rows = run(request, [int(number) for number in tokens.split(",")], wanted, path)
+    rows = run(request, [int(number) for number in tokens.split(",")], wanted, path, chosen)
     print(json.dumps({"rows": str(path), "measured": sum(row["status"] == "ok" for row in rows)}))
 
 

@@ -30,10 +30,10 @@ def draw_table(path: Path, rows: Sequence[Mapping[str, Any]], conditions: Mappin
             seconds = [row[f"{stage}_s"] for row in done]
             times.barh(names, seconds, left=left, color=colour, label=stage)
             left = [a + b for a, b in zip(left, seconds, strict=True)]
-        for i, (total, row) in enumerate(zip(left, done, strict=True)):
+        for i, (end, row) in enumerate(zip(left, done, strict=True)):
             memory = f", {row['peak_gib']} GiB" if row["peak_gib"] else ""
-            times.text(total, i, f" {total:.2f} s{memory}", va="center", fontsize=8)
-        times.set(xlabel="seconds", title="Time by stage, peak memory", xlim=(0, 1.3 * max(left)))
+            times.text(end, i, f" {row['total_s']:.2f} s in all{memory}", va="center", fontsize=8)
+        times.set(xlabel="seconds", title="Time by stage, peak memory", xlim=(0, 1.35 * max(left)))
         times.legend(frameon=False, fontsize=8, loc="lower right")
         found = [row["rmsd_mean"] for row in done]
         values = [value or 0.0 for value in found]

@@ -1,7 +1,7 @@
 """Protenix over numbers of tokens: triangle attention, alone and as a module, a block of the Pairformer, a whole run.
 
-Every row is checked against the torch kernel: `error` of the parts is the largest difference to it in fp32, relative to
-the largest entry; of whole runs it is the coordinates' RMSD to the torch kernel's run, in ångström.
+Every row has its check: `error` of the parts is the largest difference to the torch kernel in fp32, relative to the
+largest entry; of whole runs it is the coordinates' RMSD to the run of the first kernel, in ångström.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from .report import Request
-from .triangle import chunk_size, kernels
-from .whole import NO_BIAS, OURS, Variant, absent, computed_by, differences, run
+from .triangle import chunk_size
+from .whole import NO_BIAS, OURS, PACKAGES, Variant, absent, computed_by, differences, run
 
 PARTS = ("triangle", "block", "run")
 REPEATS = 3
 
 
-def sweep(request: Request, tokens: Sequence[int], parts: Sequence[str], path: Path) -> list[dict[str, Any]]:
-    """Rows for every part, number of tokens and kernel, stored part by part; draws them beside the CSV."""
+def sweep(
+    request: Request, tokens: Sequence[int], parts: Sequence[str], path: Path, wanted: Sequence[str] = tuple(PACKAGES)
+) -> list[dict[str, Any]]:
+    """Rows for every part, number of tokens and kernel, stored part by part; draws them beside the CSV.
+
+    `wanted` are those of Protenix' kernels that are measured, if they can run here; ours is always.
+    """
     import torch
     from rich.console import Console
 
@@ -31,6 +36,7 @@ def sweep(request: Request, tokens: Sequence[int], parts: Sequence[str], path: P
 
     device = choose_device(request.device)
     console, rows = Console(stderr=True), []
+    names = [name for name in wanted if absent(name, device) is None]
     path.parent.mkdir(parents=True, exist_ok=True)
     with host.stand_ins():
         built = host.build(device, request.checkpoint, request.blocks) if {"block", "run"} & set(parts) else None
@@ -38,10 +44,9 @@ def sweep(request: Request, tokens: Sequence[int], parts: Sequence[str], path: P
 
     def one(part: str, n: int) -> list[dict[str, Any]]:
         if part == "triangle":
-            names = kernels(device)
             with torch.no_grad():
                 return [{**row, "status": "ok"} for row in triangle.measure(n, device, REPEATS, names)]
-        return block(built, n, device) if part == "block" else whole_runs(built, request, n, device)
+        return block(built, n, device, names) if part == "block" else whole_runs(built, request, n, device, names)
 
     for n in tokens:
         for part in parts:
@@ -54,13 +59,13 @@ def sweep(request: Request, tokens: Sequence[int], parts: Sequence[str], path: P
             write_rows(path, rows, device)
             if device != "cpu":
                 torch.cuda.empty_cache()
-    if any(row["ms"] != "" for row in rows):
-        draw_sweep(path.with_suffix(".png"), rows, conditions(device))
+        if any(row["ms"] != "" for row in rows):
+            draw_sweep(path.with_suffix(".png"), rows, conditions(device))
     return rows
 
 
-def block(built: Any, tokens: int, device: str) -> list[dict[str, Any]]:
-    """The first block of the Pairformer under autocast to bf16, by every kernel that is here and by ours."""
+def block(built: Any, tokens: int, device: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The first block of the Pairformer under autocast to bf16, by those of Protenix' kernels and by ours."""
     import torch
 
     from flashbias.recipes.bench.timing import time_all
@@ -94,7 +99,7 @@ def block(built: Any, tokens: int, device: str) -> list[dict[str, Any]]:
     with computed_by(Variant("torch", "fp32", tf32=False), built):
         oracle = step(half=False)()
     rows = []
-    for kernel in (*kernels(device), NO_BIAS, OURS):
+    for kernel in (*names, NO_BIAS, OURS):
         try:
             with computed_by(Variant(kernel), built):
                 work = step()
@@ -113,15 +118,13 @@ def block(built: Any, tokens: int, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def whole_runs(built: Any, request: Request, tokens: int, device: str) -> list[dict[str, Any]]:
-    """A whole run by every kernel that is here and by ours; what a first call costs is left out."""
+def whole_runs(built: Any, request: Request, tokens: int, device: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A whole run by those of Protenix' kernels and by ours; what a first call costs is left out."""
     from . import features
 
     target = features.load(request.features, tokens)
     rows, reference = [], None
-    for kernel in ("torch", "triattention", "cuequivariance", OURS):
-        if absent(kernel, device):
-            continue
+    for kernel in (*names, OURS):
         try:
             if request.warm and device != "cpu":
                 run(built, target, Variant(kernel), type(request.size)(1, 2, request.size.samples), device)
@@ -129,8 +132,8 @@ def whole_runs(built: Any, request: Request, tokens: int, device: str) -> list[d
         except Exception as error:
             rows.append(_row(tokens, "run", kernel, status=f"failed: {type(error).__name__}: {error}"[:200]))
             continue
-        reference = outcome if kernel == "torch" else reference
-        rmsd: Any = "" if reference is None else differences(outcome, reference)["rmsd_mean"]
+        reference = reference or outcome
+        rmsd = differences(outcome, reference)["rmsd_mean"]
         rows.append(
             _row(tokens, "run", kernel, chunk_size(tokens) or tokens, 1e3 * outcome.seconds["total"], by="clock",
                  error=rmsd, peak_mib=outcome.peak_bytes / 2**20)

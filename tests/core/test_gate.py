@@ -49,7 +49,9 @@ def test_any_strides(device: str, of: str) -> None:
 
 
 def test_extremes(device: str) -> None:
-    gate = torch.tensor([-1e30, -200.0, 0.0, 200.0, torch.inf, -torch.inf, torch.nan, 1.0], device=device).view(1, 1, 1, 8)
+    gate = torch.tensor([-1e30, -200.0, 0.0, 200.0, torch.inf, -torch.inf, torch.nan, 1.0], device=device).view(
+        1, 1, 1, 8
+    )
     made = gated(gate, torch.full((1, 1, 1, 8), 2.0, device=device), None).flatten()
     torch.testing.assert_close(made[:6].cpu(), torch.tensor([0.0, 0, 1, 2, 2, 0]))
     assert made[6].isnan()

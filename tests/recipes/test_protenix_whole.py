@@ -169,7 +169,13 @@ def test_sweep_measures_every_part(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [("table", "--dtype", "fp64"), ("table", "--kernels", "all,torch"), ("sweep", "--parts", "all")]
+    "wrong",
+    [
+        ("table", "--dtype", "fp64"),
+        ("table", "--kernels", "all,torch"),
+        ("sweep", "--parts", "all"),
+        ("sweep", "--kernels", "flashbias"),
+    ],
 )
 def test_wrong_choices_are_refused(wrong):
     done = CliRunner().invoke(app, ["protenix", *wrong])

@@ -130,7 +130,7 @@ def test_a_row_without_keys_gets_no_update(make_triangle, stock):
 def test_nothing_is_copied_or_expanded(make_triangle, calls, monkeypatch, chunk_size, joint):
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
     if not joint:
-        monkeypatch.setattr(fused, "may_join", lambda layers: False)
+        monkeypatch.setattr(fused, "parts", lambda module, x: fused.Parts())
     heads, c, n, mask = 2, 8, 8, make_mask(8)
     width = heads * c * (4 if joint else 1)
     with torch.no_grad():

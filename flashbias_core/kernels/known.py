@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -20,12 +20,12 @@ def launch_known(
     kernel: Any,
     grid: tuple[int, int],
     device: torch.device,
-    tensors: dict[str, Tensor | None],
-    numbers: dict[str, int | float],
+    tensors: Mapping[str, Tensor | None],
+    numbers: Mapping[str, int | float],
     **constants: Any,
 ) -> None:
     """Launch a kernel on a device, with constants that its code depends on by their values."""
     key = (id(kernel), device, _kinds(tuple(numbers.values())), *map(kind, tensors.values()), *constants.values())
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        launch(kernel, grid, tensors | numbers, lambda: constants, _COMPILED, key)
+        launch(kernel, grid, {**tensors, **numbers}, lambda: constants, _COMPILED, key)

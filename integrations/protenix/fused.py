@@ -85,11 +85,6 @@ def joined(mha: Any, x: Tensor, joint: Tensor | None) -> tuple[Tensor, Tensor, T
     return query, key, value, gate
 
 
-def has_kernel(gate: Tensor, out: Tensor, unit: Tensor | None) -> bool:
-    """Whether the kernel takes this gate and this output of the operator: both have one dtype, with its unit."""
-    return type(gate) is Tensor and gate.dtype == (out.dtype if unit is None else unit.dtype)
-
-
 def placed(layer: Any, x: Tensor, weight: Tensor | None, place: Tensor | None) -> Tensor:
     """The projection of x, which has the dtype of the weight if there is one; in `place` where that is given."""
     if weight is not None and x.dtype != weight.dtype:

@@ -26,9 +26,8 @@ def attention(
     """
     bias = kept_bias(module, lambda: with_aligned_rows(_bias(module, z, enable_efficient_fusion)))
     inner = module.attention
-    query, key, value, scale, unit = precision.as_permitted(
-        *inner._prep_qkv(q, kv, apply_scale=False), inner.c_hidden**-0.5
-    )
+    query, key, value = inner._prep_qkv(q, kv, apply_scale=False)
+    query, key, value, scale, unit = precision.as_permitted(query, key, value, inner.c_hidden**-0.5)
     out = biased_attention(query, key, value, DenseBias(bias), scale=scale)
     assert isinstance(out, Tensor)
     return inner._wrap_up(precision.in_units(out, unit), q)

@@ -90,7 +90,7 @@ def _attend(
 def _gated(mha: Any, gate: Tensor, out: Tensor, unit: Tensor | None, by_kernel: bool) -> Tensor:
     """The operator's output, in its unit, times the sigmoid of the gate, both `(*batch, rows, H, N, C)`, as
     `(*batch, rows, N, H C)`."""
-    if by_kernel and fused.has_kernel(gate, out, unit):
+    if by_kernel and type(gate) is Tensor and gate.dtype == (out.dtype if unit is None else unit.dtype):
         from flashbias.kernels.gate import gated
 
         return gated(gate, out, unit)

@@ -38,7 +38,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     launch_known(
         norm_kernel, (plan.cdiv(n, tile), batch), x.device,
         {"x": rows, "weight": weight, "bias": bias, "out": out},
-        {"n": n, "eps": eps, "x_batch": x_batch, "x_row": x_row, "x_column": x_column},
+        {"n": n, "eps": float(eps), "x_batch": x_batch, "x_row": x_row, "x_column": x_column},
         C=c, WIDTH=width, ROWS=tile,
     )  # fmt: skip
     return out

@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
+import torch
+
+from flashbias.kernels import known, norm
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -51,3 +55,19 @@ def test_every_kernel_compiles_without_spills(arch: int) -> None:
     reports = json.loads(done.stdout)
     assert {report["kernel"] for report in reports} == {"most_kernel", "halves_kernel", "norm_kernel", "gate_kernel"}
     assert [report for report in reports if report["spills"]] == []
+
+
+def test_lengths_share_kernels_that_strides_and_places_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    monkeypatch.setattr(known, "launch", lambda *args: keys.append(args[-1]))
+
+    def key(x: torch.Tensor, eps: float = 1e-5) -> Hashable:
+        norm.layer_norm(x, None, None, eps)
+        return keys[-1]
+
+    base = key(torch.empty(3, 50, 40).transpose(0, 1))
+    assert key(torch.empty(3, 52, 40).transpose(0, 1), 1e-6) == base
+    assert key(torch.empty(3, 50, 48)[..., :40].transpose(0, 1)) != base  # rows at multiples of 16 entries
+    assert key(torch.empty(3, 50, 41)[..., 1:].transpose(0, 1)) != base
+    assert key(torch.empty(3, 50, 40, dtype=torch.float16).transpose(0, 1)) != base
+    assert key(torch.empty(3, 50, 24).transpose(0, 1)) != base

@@ -19,6 +19,7 @@ from torch import Tensor
 from .layout import geometry
 
 PASSES = 2048  # at most, each of a few kilobytes
+PLAIN = {type(None), bool, int, float, str}
 _passes: dict[Hashable, Pass | None] = {}
 _thread = threading.local()
 
@@ -166,7 +167,9 @@ class _Finder:
 
     def _object(self, value: Any) -> int | None:
         """The number of the object that a value is; None for a constant."""
-        if isinstance(value, Tensor) and self._tensor(self.room(value)).dtype == value.dtype:
+        if type(value) in PLAIN:
+            return None
+        if isinstance(value, Tensor) and self._keeps_dtype(value):
             return self.room(value)
         if id(value) not in self._known:
             make = self._make(value)
@@ -178,11 +181,11 @@ class _Finder:
 
     def _make(self, value: Any) -> Make | None:
         """How to make a value again; None for a constant."""
+        if type(value) in PLAIN:
+            return None
         if isinstance(value, Tensor):
             number, dtype = self.room(value), value.dtype
-            if self._tensor(number).dtype == dtype:
-                return itemgetter(number)
-            return lambda objects: objects[number].view(dtype)
+            return itemgetter(number) if self._keeps_dtype(value) else lambda objects: objects[number].view(dtype)
         if isinstance(value, tuple):
             kind, makes = type(value), list(map(self._make, value))
             if not any(makes):
@@ -197,7 +200,7 @@ class _Finder:
             return lambda objects: with_tensor(like, objects[number])
         return None
 
-    def _tensor(self, number: int) -> Tensor:
-        tensor = self.tensors[number]
-        assert tensor is not None
-        return tensor
+    def _keeps_dtype(self, value: Tensor) -> bool:
+        """Whether a tensor is read in the dtype that the input or room has; booleans are read as bytes."""
+        tensor = self.tensors[self.room(value)]
+        return tensor is not None and tensor.dtype == value.dtype

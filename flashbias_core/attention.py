@@ -57,8 +57,9 @@ def biased_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-    if query.device.type in AUTOCAST and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    kind = query.device.type
+    if kind in AUTOCAST and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_dtypes(query, key, value)
     query, key, value = _check_shapes(query, key, value)
@@ -167,21 +168,22 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     """The three, with their batch dimensions broadcast."""
     if min(query.dim(), key.dim(), value.dim()) < 3:
         raise _misshapen(query, key, value, "add a dimension for the heads with .unsqueeze(-3)")
-    heads, n_k, c = query.shape[-3], key.shape[-2], query.shape[-1]
-    kv_heads, c_v = key.shape[-3], value.shape[-1]
+    *q_batch, heads, _, c = query.shape
+    *k_batch, kv_heads, n_k, c_k = key.shape
+    *v_batch, v_heads, n_v, c_v = value.shape
     if (
-        c != key.shape[-1]
-        or n_k != value.shape[-2]
-        or kv_heads != value.shape[-3]
+        c != c_k
+        or n_k != n_v
+        or kv_heads != v_heads
         or (heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0))
     ):
         raise _misshapen(query, key, value, "check the order of the dimensions: heads stand before positions")
     if not 0 < c <= MAX_HEAD_DIM or not 0 < c_v <= MAX_HEAD_DIM:
         raise UnsupportedError(f"head dimensions {c} and {c_v}", f"1 to {MAX_HEAD_DIM}", "split the heads")
-    if query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+    if q_batch == k_batch == v_batch:
         return query, key, value
     try:
-        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        batch = torch.broadcast_shapes(q_batch, k_batch, v_batch)
     except RuntimeError as error:
         raise _misshapen(query, key, value, "make the batch dimensions equal or 1") from error
     return tuple(tensor.expand(*batch, *tensor.shape[-3:]) for tensor in (query, key, value))  # type: ignore[return-value]

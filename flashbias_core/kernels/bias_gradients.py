@@ -14,6 +14,7 @@ from flashbias.operands import Operands
 
 from .call import Call
 from .layout import reduce_to
+from .replay import room
 from .table import table_kernel
 from .terms import BAND as TABLE_BAND
 from .values import sum_parts_kernel, values_kernel
@@ -37,7 +38,7 @@ def values_gradient(
 
         programs = plan.values_programs(teams, n_q, n_k) * own[-1]
         splits = plan.values_splits(teams, programs, math.prod(shared), query.device)
-        planes = query.new_empty((splits, own[-1], n_q, n_k), dtype=torch.float32)
+        planes = room(query, (splits, own[-1], n_q, n_k), torch.float32)
         if hopper_values.backward(call, teams, statistics, planes):
             return _sum_of_parts(planes, values.shape, dtype, call)
     tiles = call.tiles("values", query)
@@ -45,7 +46,7 @@ def values_gradient(
     programs = math.prod(own) * n_n * (1 if one_row else n_m)
     members = math.prod(shared) * (n_m if one_row else 1)
     splits = plan.splits(programs, members, query.device)
-    planes = query.new_empty((splits, *own, values.shape[-2], n_k), dtype=torch.float32)
+    planes = room(query, (splits, *own, values.shape[-2], n_k), torch.float32)
     call.launch(
         values_kernel, (programs * splits, 1), tiles, d_values=planes, n_outer_shared=shared[0],
         n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, ONE_ROW=one_row, **statistics,
@@ -58,7 +59,7 @@ def _sum_of_parts(parts: Tensor, shape: torch.Size, dtype: torch.dtype, call: Ca
     n_parts, n = parts.shape[0], shape.numel()
     if n_parts == 1 and dtype == parts.dtype:
         return parts.view(shape)
-    out = parts.new_empty(shape, dtype=dtype)
+    out = room(parts, shape, dtype)
     call.launch(
         sum_parts_kernel, (plan.cdiv(n, SUM_ENTRIES), 1), parts=parts, out=out, n=n, n_parts=n_parts, BLOCK=SUM_ENTRIES
     )
@@ -89,7 +90,7 @@ def table_gradient(
         columns = min(step, width - start)
         programs = math.prod(own) * (BAND // tiles.block_m) * (columns // tiles.block_n)
         splits = plan.splits(programs, math.prod(shared) * plan.cdiv(n_q, BAND), query.device)
-        bands = query.new_empty((splits, *own, BAND, columns), dtype=torch.float32)
+        bands = room(query, (splits, *own, BAND, columns), torch.float32)
         call.launch(
             table_kernel, (programs * splits, 1), tiles, d_bands=bands, n_outer_shared=shared[0],
             n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, start=start, width=columns,

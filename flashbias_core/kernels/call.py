@@ -25,10 +25,11 @@ try:
 except ImportError:  # triton 3.3 has none that the host can make
     TensorDescriptor = None
 
-from . import compiled
+from . import compiled, replay
 from .columns import score_columns
 from .compiled import Known, kind, kinds
 from .layout import Axes, Geometry, Layout, geometry
+from .replay import with_tensor, without_tensor
 from .terms import Block, Masks, Terms
 
 PER_HEAD = Axes(row=False, column=False)
@@ -148,6 +149,12 @@ def _frame(
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits, compiled)
 
 
+def forget() -> None:
+    """Decide anew how calls are made; kernels stay compiled."""
+    _frame.cache_clear()
+    replay.forget()
+
+
 @dataclass
 class Call:
     """What all kernels of one call take."""
@@ -180,10 +187,7 @@ class Call:
 
     def described(self, tensor: Tensor, what: Hashable, make: Callable[[], Any]) -> Any:
         """The tensor descriptor that `make()` gives; of tensors that lie alike, `what`, only the first is checked."""
-        kind, fields = self.frame.once(what, lambda: _without_tensor(make()))
-        descriptor = object.__new__(kind)
-        vars(descriptor).update(fields, base=tensor)
-        return descriptor
+        return with_tensor(self.frame.once(what, lambda: without_tensor(make())), tensor)
 
     def lie(self, block: Block) -> tuple[list[int], list[int]] | None:
         """Shape and strides of a block as a tensor descriptor reads it; None where hardware could not copy tiles."""
@@ -202,11 +206,6 @@ class Call:
             arguments.update(self.frame.sizes)
             constants = partial(_common, self.frame, tiles)
         compiled.launch(kernel, grid, arguments, constants, self.frame.compiled, key)
-
-
-def _without_tensor(descriptor: Any) -> tuple[type, dict[str, Any]]:
-    """The type of a tensor descriptor, and all of it but the tensor, which shall not be kept."""
-    return type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"}
 
 
 def _common(frame: Frame, tiles: Tiles) -> dict[str, Any]:

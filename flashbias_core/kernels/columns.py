@@ -20,6 +20,7 @@ from torch import Tensor
 from flashbias import plan
 
 from .compiled import Known, kind, launch
+from .replay import room
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
@@ -64,7 +65,7 @@ def _score_columns(
     if rank == 0 or (columns == rank and q_factor.dtype == k_factor.dtype == dtype and unit == 1.0):
         return Columns(q_factor, k_factor)
     q_factor, k_factor = q_factor.contiguous(), k_factor.contiguous()
-    q, k = (factor.new_empty((*factor.shape[:-1], columns), dtype=dtype) for factor in (q_factor, k_factor))
+    q, k = (room(factor, (*factor.shape[:-1], columns), dtype) for factor in (q_factor, k_factor))
     n_q, n_k = q_factor.numel() // rank, k_factor.numel() // rank
     width = plan.width(columns)
     rows = max(ENTRIES // width, 1)
@@ -111,9 +112,9 @@ def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) 
     if rank == 0 or (columns == rank and factor.dtype == dtype):
         return GradientColumns(factor, rank, 1, None)
     factor = factor.contiguous()
-    out = factor.new_empty((*factor.shape[:-1], columns), dtype=dtype)
+    out = room(factor, (*factor.shape[:-1], columns), dtype)
     sized = parts == 2 and dtype == torch.float16  # whose range is small
-    size = factor.new_empty((rank,), dtype=torch.float32) if sized else None
+    size = room(factor, (rank,), torch.float32) if sized else None
     n_rows, width = factor.numel() // rank, plan.width(columns)
     rows = max(ENTRIES // width, 1)
     largest = _largest(factor) if sized else None
@@ -129,7 +130,7 @@ def _largest(*factors: Tensor) -> Tensor:
     """The largest finite magnitudes in each column of one or two factors, in shares of their rows."""
     first, last = factors[0], factors[-1]
     rank = first.shape[-1]
-    largest = first.new_empty((len(factors), SHARES, rank), dtype=torch.float32)
+    largest = room(first, (len(factors), SHARES, rank), torch.float32)
     width = plan.width(rank)
     _launch(
         largest_kernel, (SHARES, len(factors)), {"first": first, "last": last, "largest": largest},

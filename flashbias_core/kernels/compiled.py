@@ -6,11 +6,13 @@ Triton makes a key of every single argument at each launch, which takes the host
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from . import replay
 from .terms import Block
 
 # A kernel, the values of its arguments, and the places and names of those that are each launch's own.
@@ -29,21 +31,36 @@ def launch(
 
     `key` has to say in `known` all that the constants are, and all of the arguments that compiled code can depend on.
     """
-    before = known.get(key)
-    if before is not None:
-        compiled, values, places = before
-        values = values.copy()
-        for place, name in places:
-            values[place] = arguments[name]
-        programs = (*grid, 1)
-        compiled[programs](*values)
-        return
-    fixed = constants()
-    compiled = kernel[grid](**arguments, **fixed)
-    if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+    programs = (*grid, 1)
+    if key in known:
+        compiled, constant, places = known[key]
+        run = compiled[programs]
+        values = _filled(constant, places, arguments)
+        run(*values)
+    else:
+        fixed = constants()
+        compiled = kernel[grid](**arguments, **fixed)
         names = kernel.arg_names  # the sizes of tiles are arguments too
         places = [(place, name) for place, name in enumerate(names) if name in arguments]
-        known[key] = compiled, [fixed.get(name) for name in names], places
+        constant = [fixed.get(name) for name in names]
+        values = _filled(constant, places, arguments)
+        if isinstance(compiled, CompiledKernel):
+            known[key] = compiled, constant, places
+            run = compiled[programs]
+        else:  # the interpreter compiles nothing
+            run = partial(_interpret, kernel[grid], names)
+    replay.note(run, values)
+
+
+def _filled(constant: list[Any], places: list[tuple[int, str]], arguments: dict[str, Any]) -> list[Any]:
+    values = constant.copy()
+    for place, name in places:
+        values[place] = arguments[name]
+    return values
+
+
+def _interpret(kernel: Any, names: list[str], *values: Any) -> None:
+    kernel(**dict(zip(names, values, strict=True)))
 
 
 def kinds(arguments: dict[str, Any]) -> tuple[Hashable, ...]:

@@ -22,44 +22,24 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
+from .replay import repeated, room
 from .terms import Block
 
 DELTA_ROWS = 32
 WIDE = 128  # features
+NUMBERS = ("symmetric", "causal", "offset")  # of the operands, the last ones
 FEW_COLUMNS = 4
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
     """Output `(*batch, H, Nq, Cv)` and LSE `(*batch, H, Nq)`; arguments as `ops.attention` has them."""
+    tensors, others = _parted(operands)
     with _on(query):
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        if out.numel() == 0 or key.shape[-2] == 0:
-            return out.zero_(), lse.fill_(-torch.inf)
-        operands = expanded(query, key.shape[-2], operands) or operands
-        call = prepare(query, key, value, operands, scale)
-        teams = call.teams("forward", query)
-        if teams:
-            from . import hopper  # not everywhere can its language be imported
-
-            hopper.forward(call, teams, out, lse)
-            return out, lse
-        tiles = call.tiles("forward", query)
-        programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
-        splits = plan.key_splits(programs, key.shape[-2], query.device)
-        parts = out, lse
-        if splits > 1:
-            parts = out.new_empty((splits, *out.shape), dtype=torch.float32), lse.new_empty((splits, *lse.shape))
-        call.launch(
-            forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits,
-            LONG=call.frame.traits["LONG"], IN_PARTS=splits > 1,
-        )  # fmt: skip
-        if splits > 1:
-            call.launch(
-                combine_kernel, (lse.numel(), 1), out_parts=parts[0], lse_parts=parts[1], out=out, lse=lse,
-                n_splits=splits, C_V=value.shape[-1], WIDTH_V=call.frame.constants["WIDTH_V"],
-                BLOCK=1 << (splits - 1).bit_length(),
-            )  # fmt: skip
+        out, lse = repeated(
+            ("forward", query.device, scale, *others),
+            (query, key, value, *tensors),
+            lambda: _forward(query, key, value, operands, scale),
+        )
     return out, lse
 
 
@@ -76,6 +56,64 @@ def backward(
     names: set[str],
 ) -> dict[str, Tensor]:
     """Gradients of the inputs in `names`, in their shapes. What is shared or broadcast is summed in a fixed order."""
+    tensors, others = _parted(operands)
+    order = sorted(names)
+
+    def make() -> list[Tensor]:
+        made = _backward(grad_out, grad_lse, out, lse, query, key, value, operands, scale, names)
+        return [made[name] for name in order]
+
+    with _on(query):
+        made = repeated(
+            ("backward", query.device, scale, *others, *order),
+            (query, key, value, grad_out, grad_lse, out, lse, *tensors),
+            make,
+        )
+    return dict(zip(order, made, strict=True))
+
+
+def _parted(operands: Operands) -> tuple[list[Tensor | None], list[Any]]:
+    """What is a tensor, or None where one might be, and the rest."""
+    values = operands.in_order()
+    return values[: -len(NUMBERS)], values[-len(NUMBERS) :]
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
+    out = room(query, (*query.shape[:-1], value.shape[-1]))
+    lse = room(query, query.shape[:-1], torch.float32)
+    if out.numel() == 0 or key.shape[-2] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    operands = expanded(query, key.shape[-2], operands) or operands
+    call = prepare(query, key, value, operands, scale)
+    teams = call.teams("forward", query)
+    if teams:
+        from . import hopper  # not everywhere can its language be imported
+
+        hopper.forward(call, teams, out, lse)
+        return out, lse
+    tiles = call.tiles("forward", query)
+    programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
+    splits = plan.key_splits(programs, key.shape[-2], query.device)
+    parts = out, lse
+    if splits > 1:
+        parts = room(out, (splits, *out.shape), torch.float32), room(lse, (splits, *lse.shape))
+    call.launch(
+        forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits,
+        LONG=call.frame.traits["LONG"], IN_PARTS=splits > 1,
+    )  # fmt: skip
+    if splits > 1:
+        call.launch(
+            combine_kernel, (lse.numel(), 1), out_parts=parts[0], lse_parts=parts[1], out=out, lse=lse,
+            n_splits=splits, C_V=value.shape[-1], WIDTH_V=call.frame.constants["WIDTH_V"],
+            BLOCK=1 << (splits - 1).bit_length(),
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    operands: Operands, scale: float, names: set[str],
+) -> dict[str, Tensor]:  # fmt: skip
     given = Forward(out.contiguous(), lse, None if grad_lse is None else grad_lse.contiguous())
     multiplied = expanded(query, key.shape[-2], operands)
     if multiplied is None:
@@ -101,25 +139,24 @@ def _gradients(
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
     gradients: dict[str, Tensor | None] = {}
-    with _on(query):
-        call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
-        room = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
-        level, delta = query.new_empty((2, *room), dtype=torch.float32).unbind()
-        low = Low(torch.zeros_like(level), torch.zeros_like(delta)) if exact else None
-        statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
-        # First the queries' side, which improves the statistics for the others where their gradients need it.
-        if better or names & {"query", "q_factor"}:
-            gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better)
-        else:
-            _make_statistics(query, given, call, statistics)
-        if names & {"key", "value", "k_factor"}:
-            gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
-        if "values" in names and operands.values is not None:
-            dtype = values_dtype or operands.values.dtype
-            gradients["values"] = values_gradient(query, key.shape[-2], operands.values, dtype, call, statistics)
-        if "table" in names and operands.table is not None:
-            far = gradients["before"], gradients["behind"]
-            gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics)
+    call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
+    rows = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
+    level, delta = (room(query, rows, torch.float32) for _ in range(2))
+    low = Low(*(room(query, rows, torch.float32, zeros=True) for _ in range(2))) if exact else None
+    statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
+    # First the queries' side, which improves the statistics for the others where their gradients need it.
+    if better or names & {"query", "q_factor"}:
+        gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better)
+    else:
+        _make_statistics(query, given, call, statistics)
+    if names & {"key", "value", "k_factor"}:
+        gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
+    if "values" in names and operands.values is not None:
+        dtype = values_dtype or operands.values.dtype
+        gradients["values"] = values_gradient(query, key.shape[-2], operands.values, dtype, call, statistics)
+    if "table" in names and operands.table is not None:
+        far = gradients["before"], gradients["behind"]
+        gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
 
@@ -149,20 +186,21 @@ def _query_side(
     _make_statistics(query, given, call, statistics)
     tiles = call.tiles("queries", query)
     side = _columns(factor, query, tiles)
-    d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if "query" in names else None
+    d_query = room(query, query.shape) if "query" in names else None
     d_slopes = _per_row(query) if "slopes" in names else None
     d_far = Far(_per_row(query), _per_row(query)) if "table" in names else Far(None, None)
     made: dict[str, Any] = {"d_query": d_query, "d_slopes": d_slopes, "d_far": d_far if "table" in names else None}
-    parts = []
+    parts: list[Tensor] = []
     for start, stop in _slices(side):
-        parts.append(query.new_empty((*query.shape[:-1], stop - start), dtype=torch.float32))
+        part = room(query, (*query.shape[:-1], stop - start), torch.float32) if stop else None
         call.launch(
             queries_kernel, (plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(), 1), tiles, **made,
-            d_lse=given.d_lse, EXCESS=better, d_columns=parts[-1] if stop else None,
+            d_lse=given.d_lse, EXCESS=better, d_columns=part,
             gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
             SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
+        parts += [] if part is None else [part]
     slopes, before, behind = (
         None if rows is None else rows.sum(-1, dtype=torch.float64) for rows in (d_slopes, *d_far)
     )
@@ -191,16 +229,17 @@ def _key_side(
     d_key = _per_head(query, key) if "key" in names else None
     d_value = _per_head(query, value) if "value" in names else None
     made: dict[str, Tensor | None] = {"d_key": d_key, "d_value": d_value}
-    parts = []
+    parts: list[Tensor] = []
     for start, stop in _slices(side):
-        parts.append(query.new_empty((*query.shape[:-2], key.shape[-2], stop - start), dtype=torch.float32))
+        part = room(query, (*query.shape[:-2], key.shape[-2], stop - start), torch.float32) if stop else None
         call.launch(
             keys_kernel, (plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(), 1), tiles, **made,
-            d_columns=parts[-1] if stop else None,
+            d_columns=part,
             gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
             SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip
         made = dict.fromkeys(made)
+        parts += [] if part is None else [part]
     return {"key": d_key, "value": d_value, "k_factor": None if side is None else side.combine(_joined(parts))}
 
 
@@ -221,7 +260,7 @@ def _queries_by_teams(
     from . import hopper_queries
 
     side = _columns(k_factor, query, tiles)
-    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    d_query = room(query, query.shape)
     d_slopes = _per_row(query) if "slopes" in names else None
     columns, block = _room_for_columns(query, query.shape[-2], side, call)
     split = _is_split(k_factor, query)
@@ -256,7 +295,7 @@ def _room_for_columns(
     if side is None:
         return None, None
     number = side.columns.shape[-1]
-    return query.new_empty((*query.shape[:-2], rows, number), dtype=torch.float32), _block(side, 0, number, call)
+    return room(query, (*query.shape[:-2], rows, number), torch.float32), _block(side, 0, number, call)
 
 
 def _columns(factor: Tensor | None, query: Tensor, tiles: Tiles) -> GradientColumns | None:
@@ -285,13 +324,13 @@ def _is_split(factor: Tensor | None, query: Tensor) -> bool:
 
 def _per_row(query: Tensor) -> Tensor:
     """Room for sums over the keys of each query, `(*batch, H, Nq)`."""
-    return query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return room(query, query.shape[:-1], torch.float32)
 
 
 def _per_head(query: Tensor, tensor: Tensor) -> Tensor:
     """Room for the gradient of keys or values for each query head; in fp32 where a group's are to be summed."""
     dtype = tensor.dtype if query.shape[-3] == tensor.shape[-3] else torch.float32
-    return tensor.new_empty((*query.shape[:-2], *tensor.shape[-2:]), dtype=dtype)
+    return room(tensor, (*query.shape[:-2], *tensor.shape[-2:]), dtype)
 
 
 def _sum_groups(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:

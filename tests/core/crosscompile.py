@@ -175,11 +175,11 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
     plan.has_bf16x6 = lambda device: kept_bf16x6(torch.device("cuda"))
     plan.has_teams, plan.TEAM_WORK = (lambda device: teams), 0
-    call._frame.cache_clear()  # which keeps the tiles of the last architecture
+    call.forget()  # which keeps the tiles of the last architecture
     try:
         run()
     finally:
-        call._frame.cache_clear()
+        call.forget()
         for (module, name), kernel in kept.items():
             setattr(module, name, kernel)
         plan.tiles, plan.backend = kept_tiles, kept_backend

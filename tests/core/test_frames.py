@@ -14,24 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from calls import CALLS, HEADS, C, run, tensors
 from triton.compiler import CompiledKernel
 
-from flashbias import (
-    ALiBi,
-    Causal,
-    DenseBias,
-    FactoredBias,
-    KeyPadding,
-    RelativePositionBias,
-    biased_attention,
-    reference,
-)
+from flashbias import ALiBi, DenseBias, FactoredBias, biased_attention, reference
 from flashbias.kernels import call, compiled
 from flashbias.kernels.terms import Block
 from flashbias.operands import Operands
-
-N, HEADS, C = 20, 2, 16
 
 
 @pytest.fixture(autouse=True)
@@ -39,74 +28,20 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
 
 
-def tensors(device: str) -> dict[str, Tensor]:
-    made = {name: torch.randn(2, HEADS, N, C, device=device) for name in ("query", "key", "value")}
-    made |= {"values": torch.randn(HEADS, N, N, device=device), "slopes": torch.rand(HEADS, device=device)}
-    return made | {"table": torch.randn(HEADS, 9, device=device)}
-
-
-def _transposed(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _askew(x: Tensor) -> Tensor:
-    """At an address that is no multiple of 16 bytes."""
-    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-
-
-# Calls of the same shapes that differ in one thing each.
-CALLS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
-    "plain": lambda t: {},
-    "strides": lambda t: {"query": _transposed(t["query"]), "value": _transposed(t["value"])},
-    "address": lambda t: {"query": _askew(t["query"]), "key": _askew(t["key"])},
-    "broadcast": lambda t: {"key": t["key"][:1].expand(2, -1, -1, -1)},
-    "dtype": lambda t: {name: t[name].half() for name in ("query", "key", "value")},
-    "scale": lambda t: {"scale": 0.5},
-    "causal": lambda t: {"is_causal": True},
-    "offset": lambda t: {"mask": Causal(3)},
-    "offsets": lambda t: {"mask": Causal(torch.tensor([3, 5], device=t["query"].device))},
-    "lengths": lambda t: {"mask": KeyPadding(torch.tensor([3, N], device=t["query"].device))},
-    "longer": lambda t: {"mask": KeyPadding(torch.tensor([N, 7], device=t["query"].device))},
-    "allowed": lambda t: {"mask": t["values"] > 0},
-    "slopes": lambda t: {"bias": ALiBi(t["slopes"])},
-    "table": lambda t: {"bias": RelativePositionBias(t["table"])},
-    "symmetric": lambda t: {"bias": ALiBi(t["slopes"], symmetric=True)},
-    "dense": lambda t: {"bias": DenseBias(t["values"])},
-    "row": lambda t: {"bias": DenseBias(t["values"][:, :1])},
-    "one head": lambda t: {"bias": DenseBias(t["values"][:1])},
-    "half": lambda t: {"bias": DenseBias(t["values"].half())},
-    "repeated row": lambda t: {"bias": DenseBias(t["values"][:1, :1].expand(HEADS, N, N))},
-    "columns first": lambda t: {"bias": DenseBias(t["values"].mT)},
-    "rows apart": lambda t: {"bias": DenseBias(t["values"].repeat_interleave(2, -2)[:, ::2])},
-    "heads swapped": lambda t: {"bias": DenseBias(torch.stack([t["values"]] * 2, 1).transpose(0, 1))},
-    "factors": lambda t: {"bias": FactoredBias(t["query"][0], t["key"][0])},
-    "narrow factors": lambda t: {"bias": FactoredBias(t["query"][0, ..., :5], t["key"][0, ..., :5])},
-}
-
-
-def run(changed: dict[str, Any], t: dict[str, Tensor], attention: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """Output and gradients of query, key and value."""
-    arguments = {name: t[name] for name in ("query", "key", "value")} | changed
-    leaves = [arguments.pop(name).detach().requires_grad_() for name in ("query", "key", "value")]
-    bias = arguments.pop("bias", None)
-    out = attention(*leaves, bias, **arguments)
-    out = out[0] if isinstance(out, tuple) else out
-    return out, *torch.autograd.grad(out.double().square().sum(), leaves)
-
-
 def test_calls_that_differ_in_one_thing(device: str) -> None:
-    """One after the other, and again in the other order, when all of them are known."""
-    t = tensors(device)
-    calls = {name: change(t) for name, change in CALLS.items()}
-    truths = {name: run(changed, t, reference) for name, changed in calls.items()}
-    for name in (*calls, *reversed(calls)):
-        tolerance = 2e-2 if name == "dtype" else 1e-3
-        for result, truth in zip(run(calls[name], t, biased_attention), truths[name], strict=True):
-            torch.testing.assert_close(result.double(), truth.double(), rtol=tolerance, atol=tolerance, msg=name)
+    """One after the other, and again in the other order with other tensors, when all of them are known."""
+    for order in (list(CALLS), list(reversed(CALLS))):
+        t = tensors(device)
+        for name in order:
+            changed = CALLS[name](t)
+            tolerance = 2e-2 if name == "dtype" else 1e-3
+            truths = run(changed, t, reference)
+            for result, truth in zip(run(changed, t, biased_attention), truths, strict=True):
+                torch.testing.assert_close(result.double(), truth.double(), rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_what_is_kept_holds_no_tensors(device: str) -> None:
-    call._frame.cache_clear()
+    call.forget()
     t = tensors(device)
     held = [weakref.ref(tensor) for tensor in t.values()]
     bias = ALiBi(t["slopes"]) + DenseBias(t["values"]) + FactoredBias(t["query"][0], t["key"][0])
@@ -136,7 +71,7 @@ def test_lengths_share_kernels(device: str) -> None:
 
 def test_a_length_is_found_once(device: str) -> None:
     t = tensors(device)
-    call._frame.cache_clear()
+    call.forget()
     for _ in range(3):
         biased_attention(t["query"], t["key"], t["value"])
     assert call._frame.cache_info().misses == 1

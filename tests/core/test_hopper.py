@@ -52,14 +52,15 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 
     launch = compiled.launch
 
-    def launched(
-        kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], constants: Callable[[], dict[str, Any]],
-        *rest: Any,
-    ) -> None:  # fmt: skip
-        if isinstance(kernel, GluonJITFunction):
-            interpreter.run(kernel, grid, arguments | constants())
-        else:
-            launch(kernel, grid, arguments, constants, *rest)
+    class Interpreted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel, self.arg_names = kernel, kernel.arg_names
+
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda **arguments: interpreter.run(self.kernel, grid, arguments)
+
+    def launched(kernel: Any, *rest: Any) -> None:
+        launch(Interpreted(kernel) if isinstance(kernel, GluonJITFunction) else kernel, *rest)
 
     monkeypatch.setattr(compiled, "launch", launched)
     monkeypatch.setattr(plan, "has_teams", lambda device: True)

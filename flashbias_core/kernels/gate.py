@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashbias import plan
 
-from .known import launch_known
+from .known import launch_known, passed
+from .replay import room
 
 ENTRIES = 4096  # of a tile
 
@@ -19,10 +19,15 @@ def gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
 
     gate and out `(*batch, H, N, C)`, of any strides; unit `(*batch, H, 1, 1)` in fp32, contiguous, or None for 1.
     """
+    if out.numel() == 0:
+        return gate.transpose(-2, -3).flatten(-2)
+    (made,) = passed("gate", (), (gate, out, unit), lambda: [_gated(gate, out, unit)])
+    return made
+
+
+def _gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
     *lead, heads, n, c = out.shape
-    made = torch.empty((*lead, n, heads * c), dtype=gate.dtype, device=gate.device)
-    if made.numel() == 0:
-        return made
+    made = room(gate, (*lead, n, heads * c))
     gate, out = gate.reshape(-1, heads, n, c), out.reshape(-1, heads, n, c)
     g_batch, g_head, g_row, g_column = gate.stride()
     o_batch, o_head, o_row, o_column = out.stride()
@@ -31,8 +36,8 @@ def gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
     blocks = plan.cdiv(n, rows)
     launch_known(
         gate_kernel, (out.shape[0] * blocks * heads, 1), gate.device,
-        {"gate": gate, "out": out, "unit": unit, "made": made},
-        {"n": n, "n_blocks": blocks, "g_batch": g_batch, "g_head": g_head, "g_row": g_row, "g_column": g_column,
+        {"gate": gate, "out": out, "unit": unit, "made": made, "n": n, "n_blocks": blocks,
+         "g_batch": g_batch, "g_head": g_head, "g_row": g_row, "g_column": g_column,
          "o_batch": o_batch, "o_head": o_head, "o_row": o_row, "o_column": o_column},
         HEADS=heads, C=c, WIDTH=width, ROWS=rows,
     )  # fmt: skip

@@ -6,6 +6,8 @@ and no copy comes between. A magnitude's bits, as an integer, have its order, an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from flashbias import plan
 
-from .known import launch_known
+from .known import launch_known, passed
+from .replay import room
 
 DIMENSIONS = ("batch", "head", "row", "column")
 ENTRIES = 4096  # of a tile
@@ -30,25 +33,33 @@ def as_halves(
     queries and keys have the same largest entry, at most `largest`, with `factor` times the products. No magnitude
     counts as less than `smallest`.
     """
+    settings = (factor, largest, smallest)
+    q, k, v, unit = passed("halves", settings, (query, key, value), lambda: _as_halves(query, key, value, *settings))
+    return q, k, v, unit
+
+
+def _as_halves(
+    query: Tensor, key: Tensor, value: Tensor, factor: float, largest: float, smallest: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, n_q, c = query.shape[-3:]
     n_k, lead = key.shape[-2], query.shape[:-2]
     given = {"query": query, "key": key, "value": value}
     # Copies nothing, unless batch dimensions do not fold into one.
     inputs = {name: x.reshape(-1, *x.shape[-3:]) for name, x in given.items()}
-    halves = {f"{name}_half": torch.empty(x.shape, dtype=torch.float16, device=x.device) for name, x in given.items()}
-    unit = query.new_empty((*lead, 1, 1))
-    numbers = {"n_q": n_q, "n_k": n_k}
+    halves = {f"{name}_half": room(x, x.shape, torch.float16) for name, x in given.items()}
+    unit = room(query, (*lead, 1, 1))
+    arguments: dict[str, Any] = inputs | {"n_q": n_q, "n_k": n_k}
     for name, x in inputs.items():
-        numbers |= {f"{name[0]}_{along}": stride for along, stride in zip(DIMENSIONS, x.stride(), strict=True)}
+        arguments |= {f"{name[0]}_{along}": stride for along, stride in zip(DIMENSIONS, x.stride(), strict=True)}
     width = triton.next_power_of_2(c)
     rows = max(ENTRIES // width, 1)
     number, blocks = lead.numel(), plan.cdiv(max(n_q, n_k), rows)
     shares = min(triton.next_power_of_2(plan.cdiv(PROGRAMS, 3 * number)), triton.next_power_of_2(blocks), MAX_SHARES)
-    most = query.new_empty((3, number, shares))
+    arguments |= {"most": room(query, (3, number, shares))}
     sizes = {"HEADS": heads, "SHARES": shares, "C": c, "WIDTH": width, "ROWS": rows}
-    launch_known(most_kernel, (number, 3 * shares), query.device, inputs | {"most": most}, numbers, **sizes)
+    launch_known(most_kernel, (number, 3 * shares), query.device, arguments, **sizes)
     launch_known(
-        halves_kernel, (number, 3 * blocks), query.device, inputs | halves | {"most": most, "unit": unit}, numbers,
+        halves_kernel, (number, 3 * blocks), query.device, arguments | halves | {"unit": unit},
         **sizes, FACTOR=factor, LARGEST=largest, SMALLEST=smallest,
     )  # fmt: skip
     return halves["query_half"], halves["key_half"], halves["value_half"], unit

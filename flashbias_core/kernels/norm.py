@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flashbias import plan
 
-from .known import launch_known
+from .known import launch_known, passed
+from .replay import room
 
 MAX_CHANNELS = 512
 ENTRIES = 4096  # of a tile
@@ -25,9 +26,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     Sums are in fp32. Weight and bias `(C,)` are contiguous and are rounded to the dtype of x before.
     """
-    c, out = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (out,) = passed("norm", (float(eps),), (x, weight, bias), lambda: [_layer_norm(x, weight, bias, float(eps))])
+    return out
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    c, out = x.shape[-1], room(x, x.shape)
     rows = x.reshape(1, -1, c) if x.is_contiguous() or x.dim() < 3 else x.reshape(-1, *x.shape[-2:])
     if rows.shape[0] > MAX_BATCH:
         rows = x.reshape(-1, c)[None].contiguous()
@@ -37,8 +43,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     tile = max(ENTRIES // width, 1)
     launch_known(
         norm_kernel, (plan.cdiv(n, tile), batch), x.device,
-        {"x": rows, "weight": weight, "bias": bias, "out": out},
-        {"n": n, "eps": float(eps), "x_batch": x_batch, "x_row": x_row, "x_column": x_column},
+        {"x": rows, "weight": weight, "bias": bias, "out": out, "n": n, "eps": eps,
+         "x_batch": x_batch, "x_row": x_row, "x_column": x_column},
         C=c, WIDTH=width, ROWS=tile,
     )  # fmt: skip
     return out

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from flashbias.kernels import known, norm
+from flashbias.kernels import gate, halves, known, norm, replay
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -21,8 +22,8 @@ from flashbias.kernels import gate, halves, norm
 
 reports = []
 
-def compiled(kernel, grid, device, tensors, numbers, **constants):
-    Recorder(kernel, int(sys.argv[1]), reports)[grid](**tensors, **numbers, **constants)
+def compiled(kernel, grid, device, arguments, **constants):
+    Recorder(kernel, int(sys.argv[1]), reports)[grid](**arguments, **constants)
 
 gate.launch_known = halves.launch_known = norm.launch_known = compiled
 half, fp32 = torch.bfloat16, torch.float32
@@ -71,3 +72,27 @@ def test_lengths_share_kernels_that_strides_and_places_do_not(monkeypatch: pytes
     assert key(torch.empty(3, 50, 41)[..., 1:].transpose(0, 1)) != base
     assert key(torch.empty(3, 50, 40, dtype=torch.float16).transpose(0, 1)) != base
     assert key(torch.empty(3, 50, 24).transpose(0, 1)) != base
+
+
+PASSES: dict[str, Callable[..., Sequence[Tensor]]] = {
+    "norm": lambda x, y, weight: [norm.layer_norm(x[0].transpose(0, 1), weight, y[0, 0, 0], 1e-5)],
+    "norm without weights": lambda x, y, weight: [norm.layer_norm(x, None, None, 1e-5)],
+    "gate": lambda x, y, weight: [gate.gated(x, y.transpose(0, 1), None)],
+    "gate with a unit": lambda x, y, weight: [gate.gated(x, y.transpose(0, 1).half(), x[..., :1, :1].contiguous())],
+    "halves": lambda x, y, weight: halves.as_halves(x, y.transpose(0, 1), 2 * x, 0.3, 2.0**15, 1e-30),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_that_is_made_again_takes_its_own_tensors(name: str, device: str) -> None:
+    first, second = (
+        [torch.randn(*shape, device=device) for shape in ((3, 2, 50, 40), (2, 3, 50, 40), (40,))] for _ in range(2)
+    )
+    wanted = PASSES[name](*second)
+    replay.forget()
+    before = PASSES[name](*first)
+    kept = [x.clone() for x in before]
+    assert [made is not None for made in replay._passes.values()] == [True]
+    made = PASSES[name](*second)
+    for ours, truth in zip((*made, *before), (*wanted, *kept), strict=True):
+        assert torch.equal(ours, truth)

@@ -19,7 +19,9 @@ def passed(
     name: str, settings: tuple[Hashable, ...], inputs: Sequence[Tensor | None], make: Callable[[], Sequence[Tensor]]
 ) -> Sequence[Tensor]:
     """What `make()` gives by launches from the inputs, the first of them not None, and the settings alone."""
-    device = inputs[0].device  # type: ignore[union-attr]
+    first = inputs[0]
+    assert first is not None
+    device = first.device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         return repeated((name, device, *settings), inputs, make)

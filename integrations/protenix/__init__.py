@@ -6,7 +6,8 @@ undoes it. Weights and state dicts stay what they are.
 - Triangle attention, wherever it is (trunk, MSA, templates, confidence head; starting and ending; masks; chunks of
   rows; bf16 and fp32; inference and training), is exact: all rows read one bias `(H, N, N)`, which is never expanded.
   It takes the place of whatever kernel `triangle_attention=` names, installed or not. In inference on a GPU the layer
-  norm, the four projections and the gate around it come from kernels too, where the host's layers are as it made them.
+  norm and the gate around it come from kernels too, and queries, keys, values and gates from one product, where the
+  host's layers are as it made them.
 - Pair-biased attention between tokens (Pairformer, confidence head, diffusion transformer) is exact too.
 - Local attention between atoms is exact; neither windows are copied nor a matrix over all atoms made.
 - The biases of a diffusion step do not change from step to step: within a call of `Protenix.sample_diffusion` each

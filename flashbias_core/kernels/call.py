@@ -28,8 +28,9 @@ except ImportError:  # triton 3.3 has none that the host can make
 from . import compiled, replay
 from .columns import score_columns
 from .compiled import Known, kind, kinds
-from .layout import Axes, Geometry, Layout, geometry
-from .replay import with_tensor, without_tensor
+from .geometry import Geometry, geometry
+from .layout import Axes, Layout
+from .replay import done, with_tensor, without_tensor
 from .terms import Block, Masks, Terms
 
 PER_HEAD = Axes(row=False, column=False)
@@ -223,7 +224,7 @@ def prepare(
     values = None if o.values is None else _aligned(o.values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
-        allowed = allowed.contiguous()
+        allowed = done(Tensor.contiguous, allowed)
     q_columns, k_columns, folded = (columns.q, columns.k, columns.folded) if columns else (None, None, True)
     tensors = (
         query, key, value,
@@ -249,7 +250,7 @@ def _positions(positions: Tensor | None) -> Tensor | None:
     """Positions in a dtype in which differences do not wrap around."""
     if positions is None or positions.dtype in (torch.int32, torch.int64, torch.float32, torch.float64):
         return positions
-    return positions.float() if positions.is_floating_point() else positions.int()
+    return done(Tensor.float if positions.is_floating_point() else Tensor.int, positions)
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -265,9 +266,13 @@ def _aligned(values: Tensor) -> Tensor:
     if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
         _load_copy(values.device, values.dtype)
         return values
+    return done(_padded, values, step)
+
+
+def _padded(values: Tensor, step: int) -> Tensor:
+    """A copy whose rows start at multiples of `step` entries."""
     n_k = values.shape[-1]
-    padded = values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k]
-    return padded.copy_(values)
+    return values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k].copy_(values)
 
 
 @cache

@@ -20,7 +20,7 @@ from torch import Tensor
 from flashbias import plan
 
 from .compiled import Known, kind, launch
-from .replay import room
+from .replay import done, room
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
@@ -64,7 +64,7 @@ def _score_columns(
     columns = _rounded(number, MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)
     if rank == 0 or (columns == rank and q_factor.dtype == k_factor.dtype == dtype and unit == 1.0):
         return Columns(q_factor, k_factor)
-    q_factor, k_factor = q_factor.contiguous(), k_factor.contiguous()
+    q_factor, k_factor = _contiguous(q_factor), _contiguous(k_factor)
     q, k = (room(factor, (*factor.shape[:-1], columns), dtype) for factor in (q_factor, k_factor))
     n_q, n_k = q_factor.numel() // rank, k_factor.numel() // rank
     width = plan.width(columns)
@@ -90,10 +90,18 @@ class GradientColumns:
 
     def combine(self, product: Tensor) -> Tensor:
         """The gradient `(..., R)` from the product `(..., columns)` in fp32."""
-        total = product[..., : self.rank]
-        if self.parts == 2:
-            total = total + product[..., self.rank : 2 * self.rank]
-        return total if self.size is None else total * self.size
+        if self.parts == 1:
+            return product[..., : self.rank]
+        return done(_added, product, self.rank, self.size)
+
+
+def _added(product: Tensor, rank: int, size: Tensor | None) -> Tensor:
+    total = product[..., :rank] + product[..., rank : 2 * rank]
+    return total if size is None else total * size
+
+
+def _contiguous(factor: Tensor) -> Tensor:
+    return factor if factor.is_contiguous() else done(Tensor.contiguous, factor)
 
 
 def gradient_width(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> int:
@@ -111,7 +119,7 @@ def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) 
     parts, columns = _gradient_parts(factor, dtype), gradient_width(factor, dtype, step)
     if rank == 0 or (columns == rank and factor.dtype == dtype):
         return GradientColumns(factor, rank, 1, None)
-    factor = factor.contiguous()
+    factor = _contiguous(factor)
     out = room(factor, (*factor.shape[:-1], columns), dtype)
     sized = parts == 2 and dtype == torch.float16  # whose range is small
     size = room(factor, (rank,), torch.float32) if sized else None

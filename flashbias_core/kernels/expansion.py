@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashbias import plan
 from flashbias.operands import Operands
+
+from .replay import done
 
 FACTORS = ("q_factor", "k_factor")
 
@@ -21,7 +24,7 @@ def expanded(query: Tensor, n_k: int, operands: Operands) -> Operands | None:
     others = (value for name, value in operands.items() if name not in FACTORS and isinstance(value, Tensor))
     if any(True for _ in others) or not plan.expands(query, n_k, q_factor, k_factor):
         return None
-    return Operands(values=q_factor @ k_factor.mT, offset=operands.offset)
+    return Operands(values=done(_product, q_factor, k_factor.mT), offset=operands.offset)
 
 
 def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> dict[str, Tensor]:
@@ -31,7 +34,13 @@ def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> d
     assert k_factor is not None
     made = {}
     if "q_factor" in names:
-        made["q_factor"] = (d_values @ k_factor.float()).sum_to_size(q_factor.shape)
+        made["q_factor"] = done(_product, d_values, k_factor, q_factor.shape)
     if "k_factor" in names:
-        made["k_factor"] = (d_values.mT @ q_factor.float()).sum_to_size(k_factor.shape)
+        made["k_factor"] = done(_product, d_values.mT, q_factor, k_factor.shape)
     return made
+
+
+def _product(a: Tensor, b: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """The product in the dtype of `a`, summed over what a shape has not."""
+    product = a @ b.to(a.dtype)
+    return product if shape is None else product.sum_to_size(shape)

@@ -22,7 +22,7 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import repeated, room
+from .replay import done, repeated, room
 from .terms import Block
 
 DELTA_ROWS = 32
@@ -114,7 +114,7 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     operands: Operands, scale: float, names: set[str],
 ) -> dict[str, Tensor]:  # fmt: skip
-    given = Forward(out.contiguous(), lse, None if grad_lse is None else grad_lse.contiguous())
+    given = Forward(_contiguous(out), lse, None if grad_lse is None else _contiguous(grad_lse))
     multiplied = expanded(query, key.shape[-2], operands)
     if multiplied is None:
         return _gradients(grad_out, given, query, key, value, operands, scale, names)
@@ -201,9 +201,7 @@ def _query_side(
         )  # fmt: skip
         made = dict.fromkeys(made)
         parts += [] if part is None else [part]
-    slopes, before, behind = (
-        None if rows is None else rows.sum(-1, dtype=torch.float64) for rows in (d_slopes, *d_far)
-    )
+    slopes, before, behind = (None if rows is None else done(_row_sums, rows) for rows in (d_slopes, *d_far))
     return {
         "query": d_query,
         "slopes": slopes,
@@ -266,7 +264,7 @@ def _queries_by_teams(
     split = _is_split(k_factor, query)
     if not hopper_queries.backward(call, tiles, statistics, given, d_query, d_slopes, columns, block, split, better):
         return {}
-    slopes = None if d_slopes is None else d_slopes.sum(-1, dtype=torch.float64)
+    slopes = None if d_slopes is None else done(_row_sums, d_slopes)
     q_factor = None if side is None or columns is None else side.combine(columns)
     return {"query": d_query, "slopes": slopes, "q_factor": q_factor}
 
@@ -312,7 +310,11 @@ def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> B
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return parts[0] if len(parts) == 1 else done(_side_by_side, *parts)
+
+
+def _side_by_side(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, -1)
 
 
 def _is_split(factor: Tensor | None, query: Tensor) -> bool:
@@ -336,7 +338,19 @@ def _per_head(query: Tensor, tensor: Tensor) -> Tensor:
 def _sum_groups(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
     if gradient is None or gradient.shape == tensor.shape:
         return gradient
-    return gradient.unflatten(-3, (tensor.shape[-3], -1)).sum(-3)
+    return done(_group_sums, gradient, tensor.shape[-3])
+
+
+def _group_sums(gradient: Tensor, heads: int) -> Tensor:
+    return gradient.unflatten(-3, (heads, -1)).sum(-3)
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    return rows.sum(-1, dtype=torch.float64)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else done(Tensor.contiguous, tensor)
 
 
 def _on(query: Tensor) -> AbstractContextManager[Any]:

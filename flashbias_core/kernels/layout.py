@@ -6,28 +6,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashbias.errors import UnsupportedError
 
+from .geometry import Geometry, geometry
+from .replay import done
 from .terms import Block
-
-
-class Geometry(NamedTuple):
-    """All of a tensor that the way to launch a kernel can depend on; `place` is its address modulo 16 bytes."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    place: int
-
-
-def geometry(tensor: Tensor) -> tuple[Any, ...]:
-    """How a tensor lies in memory: the fields of a `Geometry`, since to make one takes longer than to find them."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
 
 
 class Axes(NamedTuple):
@@ -112,12 +100,10 @@ class Layout:
         """The block of a tensor, copied where it has to be."""
         strides = self.strides(Geometry(*geometry(tensor)), axes)
         if strides is None:
-            tensor = tensor.contiguous()
+            tensor = done(Tensor.contiguous, tensor)
             strides = self.strides(Geometry(*geometry(tensor)), axes)
         if strides is None:  # broadcast over some of the dimensions that fold
-            trailing = sum(axes)
-            tensor = tensor[(None,) * (trailing - tensor.dim())]
-            tensor = tensor.expand((*self.batch, *tensor.shape[tensor.dim() - trailing :])).contiguous()
+            tensor = done(_expanded, tensor, self.batch, sum(axes))
             strides = self.strides(Geometry(*geometry(tensor)), axes)
         assert strides is not None
         return Block(tensor, *strides)
@@ -135,7 +121,13 @@ class Layout:
         return *before, *behind, heads
 
 
+def _expanded(tensor: Tensor, batch: tuple[int, ...], trailing: int) -> Tensor:
+    """A copy for each of the batch of what has so many dimensions behind it."""
+    tensor = tensor[(None,) * (trailing - tensor.dim())]
+    return tensor.expand((*batch, *tensor.shape[tensor.dim() - trailing :])).contiguous()
+
+
 def reduce_to(gradient: Tensor | None, shape: torch.Size) -> Tensor:
     """The gradient `(*batch, ...)` summed over what was broadcast from `shape`."""
     assert gradient is not None
-    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
+    return gradient if gradient.shape == shape else done(Tensor.sum_to_size, gradient, shape)

@@ -1,8 +1,8 @@
 """Passes like one that was made before are made again: the same launches, past all that finds and describes them.
 
-A pass makes tensors from tensors, by launches alone: each of its kernels' arguments that is a tensor is one of its
-inputs or a `room`. Then all but the tensors themselves is the same whenever inputs lie in memory alike. A pass of which
-that is not so, for it asks torch for something between, is made in the long way each time.
+A pass makes tensors from tensors. Its kernels write into `room`s, and what it asks torch for is `done` by functions of
+tensors; then all but the tensors themselves is the same whenever inputs lie in memory alike. A pass in which a launch
+takes, or which gives, a tensor of another origin is made in the long way each time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import geometry
+from .geometry import geometry
 
 PASSES = 2048  # at most, each of a few kilobytes
 PLAIN = {type(None), bool, int, float, str}
@@ -58,11 +58,20 @@ def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *
     return tensor
 
 
+def done(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, which is made of its arguments alone; a list of tensors is none."""
+    result = function(*arguments)
+    recorder = getattr(_thread, "recorder", None)
+    if recorder is not None:
+        recorder.done.append((function, list(arguments), result))
+    return result
+
+
 def note(run: Callable[..., Any], arguments: list[Any]) -> None:
     """Note a launch, `run(*arguments)`, of the pass that is being made, if one is."""
     recorder = getattr(_thread, "recorder", None)
     if recorder is not None:
-        recorder.launches.append((run, arguments))
+        recorder.done.append((run, arguments, None))
 
 
 def forget() -> None:
@@ -89,16 +98,14 @@ def _like(room: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
 
 @dataclass
 class Pass:
-    """How to make a pass again, from a list of objects that grows: inputs, rooms, and what is made of them.
+    """How to make a pass again, from a list of objects that grows: inputs, rooms, and what its steps make.
 
-    rooms: shapes, strides, dtypes, and whether they are filled with zeros. made: how to make what launches take beside
-    tensors, from the objects before it. launches: what to call, its arguments, and the places among them of which
-    objects. results: which objects, with shape and strides.
+    rooms: shapes, strides, dtypes, and whether they are filled with zeros. steps: what is done with the objects, and
+    whether what comes of it is one of them. results: which objects, with shape and strides.
     """
 
     rooms: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]]
-    made: list[Make]
-    launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]]
+    steps: list[tuple[Make, bool]]
     results: list[tuple[int, torch.Size, tuple[int, ...]]]
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -108,99 +115,124 @@ class Pass:
         for shape, stride, dtype, zeros in self.rooms:
             space = first.new_empty_strided(shape, stride, dtype=dtype)  # half of what `new_empty` takes the host
             objects.append(space.zero_() if zeros else space)
-        for make in self.made:
-            objects.append(make(objects))
-        for run, arguments, places in self.launches:
-            values = arguments.copy()
-            for place, number in places:
-                values[place] = objects[number]
-            run(*values)
+        for step, is_kept in self.steps:
+            made = step(objects)
+            if is_kept:
+                objects.append(made)
         return [_like(objects[number], shape, stride) for number, shape, stride in self.results]
 
 
 class Recorder:
-    """Notes rooms and launches of the pass that is being made."""
+    """Notes rooms, and what is done with them, of the pass that is being made.
+
+    done: what was called, with which arguments, and the tensor that came of it, or None after a launch.
+    """
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         self.inputs = inputs
         self.rooms: list[tuple[Tensor, bool]] = []
-        self.launches: list[tuple[Callable[..., Any], list[Any]]] = []
+        self.done: list[tuple[Callable[..., Any], list[Any], Tensor | None]] = []
 
     def recorded(self, results: Sequence[Tensor]) -> Pass | None:
         """The pass; None where it cannot be made again."""
         tensors = [*self.inputs, *(room for room, _ in self.rooms)]
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        given = [address for address in addresses if address is not None]
-        if not self.launches or len(set(given)) < len(given):  # or it is not known which tensor is meant
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        if not self.done or len(set(addresses)) < len(addresses):  # or it is not known which tensor is meant
             return None
-        finder = _Finder(tensors, addresses)
+        writer = _Writer(tensors)
         try:
-            launches = [(run, *finder.arguments(values)) for run, values in self.launches]
-            found = [(finder.room(result), result.shape, result.stride()) for result in results]
+            for run, arguments, result in self.done:
+                writer.add(run, arguments, result)
+            found = [(writer.number(result), result.shape, result.stride()) for result in results]
         except KeyError:
             return None
-        return Pass(
-            [(tuple(room.shape), room.stride(), room.dtype, zeros) for room, zeros in self.rooms],
-            finder.made, launches, found,
-        )  # fmt: skip
+        rooms = [(tuple(room.shape), room.stride(), room.dtype, zeros) for room, zeros in self.rooms]
+        return Pass(rooms, writer.steps, found)
 
 
-class _Finder:
-    """Finds tensors of a pass, by their addresses, in what launches took."""
+class _Writer:
+    """Writes steps, in whose arguments tensors are known by their addresses."""
 
-    def __init__(self, tensors: list[Tensor | None], addresses: list[int | None]) -> None:
-        self.tensors, self.made = tensors, list[Make]()
-        self._numbers = {address: number for number, address in enumerate(addresses) if address is not None}
-        self._known: dict[int, tuple[Any, int]] = {}  # of what is made, by identity
+    def __init__(self, tensors: list[Tensor | None]) -> None:
+        self.steps: list[tuple[Make, bool]] = []
+        self._size = len(tensors)
+        self._known: dict[int, tuple[Any, int]] = {}  # objects and their numbers, by identity
+        self._tensors: dict[int, tuple[Tensor, int]] = {}  # and tensors by address
+        for number, tensor in enumerate(tensors):
+            if tensor is not None:
+                self._known[id(tensor)] = self._tensors[tensor.data_ptr()] = tensor, number
 
-    def room(self, tensor: Tensor) -> int:
-        """Its number. Raises `KeyError` for a tensor of unknown origin."""
-        return self._numbers[tensor.data_ptr()]
+    def number(self, tensor: Tensor) -> int:
+        """Of the object with its address. Raises `KeyError` for a tensor of unknown origin."""
+        return self._tensors[tensor.data_ptr()][1]
 
-    def arguments(self, values: list[Any]) -> tuple[list[Any], list[tuple[int, int]]]:
-        """Values with None in the places of objects, and these places with the objects' numbers."""
-        places = [(place, number) for place, number in enumerate(map(self._object, values)) if number is not None]
-        constants = values.copy()
+    def add(self, run: Callable[..., Any], arguments: list[Any], result: Tensor | None) -> None:
+        """Write the step that runs this."""
+        find = self._object if result is None else self._exactly
+        places = [(place, number) for place, number in enumerate(map(find, arguments)) if number is not None]
+        constants = arguments.copy()
         for place, _ in places:
             constants[place] = None
-        return constants, places
+
+        def step(objects: list[Any]) -> Any:
+            values = constants.copy()
+            for place, number in places:
+                values[place] = objects[number]
+            return run(*values)
+
+        if result is not None and result.data_ptr() not in self._tensors:
+            self._tensors[result.data_ptr()] = result, self._keep(step, result)
+        else:
+            self.steps.append((step, False))
+
+    def _keep(self, step: Make, made: Any) -> int:
+        """Write a step whose result is another object; its number."""
+        self.steps.append((step, True))
+        self._known[id(made)] = made, self._size
+        self._size += 1
+        return self._size - 1
+
+    def _exactly(self, value: Any) -> int | None:
+        """As `_object`, but for an operation of torch, which looks at more of a tensor than its address."""
+        if isinstance(value, Tensor) and id(value) not in self._known:
+            number, shape, stride, dtype = self.number(value), value.shape, value.stride(), value.dtype
+            self._keep(lambda objects: _like(objects[number].view(dtype), shape, stride), value)
+        return self._object(value)
 
     def _object(self, value: Any) -> int | None:
         """The number of the object that a value is; None for a constant."""
         if type(value) in PLAIN:
             return None
-        if isinstance(value, Tensor) and self._keeps_dtype(value):
-            return self.room(value)
-        if id(value) not in self._known:
-            make = self._make(value)
-            if make is None:
-                return None
-            self.made.append(make)
-            self._known[id(value)] = value, len(self.tensors) + len(self.made) - 1
-        return self._known[id(value)][1]
+        if id(value) in self._known:
+            return self._known[id(value)][1]
+        if isinstance(value, Tensor) and self._has_dtype(value):
+            return self.number(value)
+        make = self._make(value)
+        return None if make is None else self._keep(make, value)
 
     def _make(self, value: Any) -> Make | None:
         """How to make a value again; None for a constant."""
         if type(value) in PLAIN:
             return None
         if isinstance(value, Tensor):
-            number, dtype = self.room(value), value.dtype
-            return itemgetter(number) if self._keeps_dtype(value) else lambda objects: objects[number].view(dtype)
+            number, dtype = self.number(value), value.dtype
+            return itemgetter(number) if self._has_dtype(value) else lambda objects: objects[number].view(dtype)
         if isinstance(value, tuple):
             kind, makes = type(value), list(map(self._make, value))
             if not any(makes):
                 return None
-            if isinstance(value[0], Tensor) and not any(makes[1:]):  # a block
-                number, rest = self.room(value[0]), value[1:]
-                return lambda objects: tuple.__new__(kind, (objects[number], *rest))
+            first, rest = makes[0], value[1:]
+            if first and not any(makes[1:]):  # a block
+                return lambda objects: tuple.__new__(kind, (first(objects), *rest))
             parts = [(make, None if make else part) for make, part in zip(makes, value, strict=True)]
             return lambda objects: tuple.__new__(kind, [make(objects) if make else part for make, part in parts])
         if hasattr(value, "base"):  # a tensor descriptor
-            number, like = self.room(value.base), without_tensor(value)
+            number, like = self.number(value.base), without_tensor(value)
             return lambda objects: with_tensor(like, objects[number])
+        if isinstance(value, (list, dict)):
+            raise TypeError(f"a {type(value).__name__} in a pass, where tensors would not be found")
         return None
 
-    def _keeps_dtype(self, value: Tensor) -> bool:
-        """Whether a tensor is read in the dtype that the input or room has; booleans are read as bytes."""
-        tensor = self.tensors[self.room(value)]
-        return tensor is not None and tensor.dtype == value.dtype
+    def _has_dtype(self, value: Tensor) -> bool:
+        """Whether a tensor is read in the dtype of the object; booleans are read as bytes."""
+        return self._tensors[value.data_ptr()][0].dtype == value.dtype

@@ -87,7 +87,7 @@ def without_tensor(descriptor: Any) -> Description:
 def with_tensor(description: Description, tensor: Tensor) -> Any:
     """The tensor descriptor of a tensor that lies like another's, unchecked."""
     kind, fields = description
-    descriptor = object.__new__(kind)
+    descriptor: Any = object.__new__(kind)
     vars(descriptor).update(fields, base=tensor)
     return descriptor
 

@@ -71,10 +71,11 @@ def attention(
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
-    query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    batch, n, _ = qkv.shape
+    query, key, value = qkv.view(batch, n, 3, module.n_heads, module.head_dim).transpose(1, 3).unbind(2)
     key, value = language_models.append(module, past_key_values, key, value, options)
     out = attention_mask.attend(query, key, value, module.softmax_scale, _bias(attention_mask, position_bias))
-    return module.out_proj(out.transpose(1, 2).flatten(2)), None
+    return module.out_proj(language_models.join_heads(out)), None
 
 
 def _bias(positions: Positions, position_bias: Tensor) -> Bias:

@@ -239,7 +239,7 @@ def join_heads(out: Tensor) -> Tensor:
 
 
 def not_covered(
-    module: Any, x: Tensor, head_dim: int, dropout: float | torch.nn.Module, options: dict[str, Any]
+    module: Any, x: Tensor, head_dim: int, dropout: float | torch.nn.Dropout, options: dict[str, Any]
 ) -> str | None:
     """Why the operator cannot take the place of this layer's attention, or None; its dropout as the layer has it."""
     if reason := not_computable(x, head_dim):
@@ -248,8 +248,8 @@ def not_covered(
         return "output_attentions"
     if options.get("head_mask") is not None:
         return "a head mask"
-    probe = dropout if isinstance(dropout, torch.nn.Module) else None
-    if module.training and (dropout if probe is None else probe.p) > 0:
+    probe = dropout if isinstance(dropout, torch.nn.Dropout) else None
+    if module.training and (probe.p if probe is not None else dropout) > 0:
         return "attention dropout in training"
     if probe is not None and is_hooked(probe):
         return "a hook on the attention weights, which are never made,"

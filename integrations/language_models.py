@@ -248,8 +248,8 @@ def not_covered(
         return "output_attentions"
     if options.get("head_mask") is not None:
         return "a head mask"
-    probe = dropout if isinstance(dropout, torch.nn.Dropout) else None
-    if module.training and (probe.p if probe is not None else dropout) > 0:
+    rate, probe = (dropout.p, dropout) if isinstance(dropout, torch.nn.Dropout) else (dropout, None)
+    if module.training and rate > 0:
         return "attention dropout in training"
     if probe is not None and is_hooked(probe):
         return "a hook on the attention weights, which are never made,"

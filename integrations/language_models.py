@@ -122,14 +122,17 @@ class Positions:
 
     def mask(self) -> Mask | None:
         """Padding and causality, as far as they hide anything."""
-        segments = causal = None
+        segments, causal = None, self.causality()
         if self.k_ids is not None and self.q_ids is not None:
             segments = Segments(self.q_ids, self.k_ids)
-        if isinstance(self.offset, Tensor) or (
-            self.offset is not None and (self.n_q > 1 or self.offset + 1 < self.n_k)
-        ):
-            causal = Causal(self.offset)
         return Both(segments, causal) if segments is not None and causal is not None else segments or causal
+
+    def causality(self) -> Mask | None:
+        """Up to where queries attend, where that hides anything."""
+        if isinstance(self.offset, Tensor):
+            return Causal(self.offset)
+        hides = self.offset is not None and (self.n_q > 1 or self.offset + 1 < self.n_k)
+        return Causal(self.offset) if hides else None
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returns, kept for the other layers; not in compiled graphs, where every layer is the first."""

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashbias import Bias, DenseBias, FactoredBias
@@ -105,12 +104,9 @@ def _is_factored(positions: Positions, query: Tensor, scale: float) -> bool:
 
 
 def _row(positions: Positions, scale: float) -> DenseBias:
-    """`scale * (p_j - p_i)` of a single query, `(B, H, 1, Nk)`: as large as the products themselves."""
+    """`scale * (p_j - p_i)` of a single query and the rounded products."""
     q_products, k_products = _products(positions)
-    n_k = k_products.shape[-1]
-    # In memory whose rows lie as the operator wants them: it would copy others in every layer.
-    row = (F.pad(k_products, (0, -n_k % 16)).float() - q_products.float()) * scale
-    return DenseBias(row[..., None, :n_k])
+    return positions.row((k_products.float() - q_products.float()) * scale)
 
 
 def _factors(positions: Positions, scale: float) -> FactoredBias:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias import ALiBi, Bias
+from flashbias import Bias
 from flashbias.integrations import language_models
 from flashbias.integrations.integration import say_once
 from flashbias.patches import Patch, PatchSet
@@ -82,7 +82,7 @@ def _bias(positions: Positions, position_bias: Tensor) -> Bias:
     """ALiBi of the steps of the host's tensor: once for all layers, since the model gives all of them that one."""
     known, bias = positions.made.get("position_bias", (None, None))
     if known is not position_bias:
-        bias = ALiBi(position_bias[:, 0, -1] - position_bias[:, 0, -2])
+        bias = positions.alibi(position_bias[:, 0, -1] - position_bias[:, 0, -2])
         if not torch.compiler.is_compiling():
             positions.made["position_bias"] = position_bias, bias
     return bias

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,10 +44,7 @@ class Part:
     def __init__(self, tensors: dict[str, Tensor], operands: Operands, scale: float, space: Tensor) -> None:
         self.tensors, self.operands, self.space = tensors, operands, space
         self.device, self.n_k = space.device, tensors["key"].shape[-2]
-        self.positions = torch.arange(self.n_k, device=self.device)
-        self.offset = torch.tensor(operands.offset, device=self.device)
-        if "offsets" in tensors:
-            self.offset = tensors["offsets"].long()
+        self.offset: int | Tensor = tensors["offsets"].long() if "offsets" in tensors else operands.offset
         if "lengths" in tensors:
             # Nothing may come of what stands beyond the lengths, also not 0 * NaN.
             lengths = tensors["lengths"][..., None]
@@ -65,11 +63,15 @@ class Part:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    @cached_property
+    def positions(self) -> Tensor:
+        return torch.arange(self.tensors["key"].shape[-2], device=self.device)
+
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Slices of the rows, and up to which key they attend."""
         matrices, n_q = math.prod(self.query.shape[:-2]), self.query.shape[-2]
         step = max(1, self.space.shape[1] // (matrices * max(self.n_k, 1)))
-        last = int(self.offset.max())
+        last = int(self.offset.max()) if isinstance(self.offset, Tensor) else self.offset
         for start in range(0, n_q, step):
             stop = min(start + step, n_q)
             n = min(self.n_k, stop + last) if self.operands.causal else self.n_k
@@ -78,6 +80,8 @@ class Part:
 
     def diagonal(self, rows: slice) -> Tensor:
         """`i + offset`, `(..., 1, 1, rows)` or `(rows,)`."""
+        if not isinstance(self.offset, Tensor):
+            return torch.arange(rows.start + self.offset, rows.stop + self.offset, device=self.device)
         return torch.arange(rows.start, rows.stop, device=self.device) + self.offset[..., None]
 
     def distance(self, rows: slice, n: int) -> Tensor | None:
@@ -90,8 +94,8 @@ class Part:
         distance = (k_positions[..., None, :] - q_positions[..., :, None]).float()
         return distance.abs().neg_() if self.operands.symmetric else distance
 
-    def smallest(self, rows: slice) -> Tensor:
-        """The distance of a block's last row to the first key, `(..., 1, 1)` or a single one."""
+    def smallest(self, rows: slice) -> int | Tensor:
+        """The distance of a block's last row to the first key, `(..., 1, 1)` or one for all."""
         return 1 - rows.stop - self.offset
 
     def scores(self, rows: slice, n: int, distance: Tensor | None) -> Tensor:
@@ -118,7 +122,8 @@ class Part:
             q_ids, k_ids = self["q_ids"][..., rows, None], self["k_ids"][..., None, :n]
             yield 0, (q_ids == k_ids) & (q_ids != -1)
         if self.operands.causal:
-            first = max(rows.start + int(self.offset.min()) + 1, 0)
+            least = int(self.offset.min()) if isinstance(self.offset, Tensor) else self.offset
+            first = max(rows.start + least + 1, 0)
             yield first, self.positions[first:n] <= self.diagonal(rows)[..., None]
 
     def add(self, name: str, gradient: Tensor, rows: slice = _ALL, columns: slice = _ALL) -> None:
@@ -151,7 +156,11 @@ def parts(
     row = heads // kv_heads * n_k
     budget = max(BLOCK * min(torch.get_num_threads(), MAX_THREADS), MIN_ROWS * row)
     space = query.new_empty((3, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=torch.float32)
-    for chunk in _chunks((*batch, kv_heads), budget // (row * min(n_q, ROWS))):
+    most = budget // (row * min(n_q, ROWS))
+    if most >= math.prod(batch) * kv_heads:  # as in decoding, where a view takes as long as the arithmetic
+        yield Part(views, operands, scale, space)
+        return
+    for chunk in _chunks((*batch, kv_heads), most):
         yield Part({name: _narrow(view, chunk) for name, view in views.items()}, operands, scale, space)
 
 
@@ -168,8 +177,11 @@ def _view(tensor: Tensor, behind: int, batch: int, kv_heads: int) -> Tensor:
     if front == 0:
         tensor, front = tensor[None], 1
     size = tensor.shape[front - 1]
-    tensor = tensor.unflatten(front - 1, (kv_heads, size // kv_heads) if size % kv_heads == 0 else (1, 1))
-    return tensor[(None,) * (batch + 1 - front)]
+    if size > kv_heads and size % kv_heads == 0:
+        tensor = tensor.unflatten(front - 1, (kv_heads, size // kv_heads))
+    else:
+        tensor = tensor.unsqueeze(front)
+    return tensor[(None,) * (batch + 1 - front)] if front <= batch else tensor
 
 
 def _chunks(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:

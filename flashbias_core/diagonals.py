@@ -7,13 +7,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def spread(table: Tensor, first: Tensor, rows: int, columns: int) -> Tensor:
+def spread(table: Tensor, first: int | Tensor, rows: int, columns: int) -> Tensor:
     """The matrix `(..., rows, columns)` of a table `(..., 2 D - 1)` by clamped distance.
 
     `first` `(...)` is the distance of the last row to the first column, the smallest there is.
     """
     reach = table.shape[-1] // 2
-    distance = first[..., None] + torch.arange(rows + columns - 1, device=table.device)
+    if isinstance(first, Tensor):
+        first = first[..., None]
+    distance = torch.arange(rows + columns - 1, device=table.device) + first
     index = distance.clamp_(-reach, reach).add_(reach)
     line = torch.take_along_dim(table, index[(None,) * (table.dim() - index.dim())], -1)
     return line.unfold(-1, columns, 1).flip(-2)

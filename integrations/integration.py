@@ -151,7 +151,7 @@ class Replacement:
             say_once(f"{self.name}: {reason} is not covered, the host's own code computes it")
             return self.host_of(module)(*args, **kwargs)
         _note_call(self.name)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.is_watched(*args, **kwargs):
             return self.forward(module, *args, **kwargs)
         if verify.wanted(module):
             return verify.compare(module, self.rehearsal_of(module), self._run, args, kwargs)
@@ -164,6 +164,10 @@ class Replacement:
     def rehearsal_of(self, module: Any) -> Callable[..., Any]:
         """The same, leaving no trace in its arguments."""
         return self.host_of(module)
+
+    def is_watched(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether eager calls are compared or timed."""
+        return verify.enabled() or profile.enabled()
 
     def _run(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if profile.enabled():
@@ -223,8 +227,9 @@ def _out_of_reach(args: tuple[Any, ...]) -> str | None:
     """Tracers that must find operations that they know, and transforms that the operator has no rule for."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if any(isinstance(arg, torch.fx.Proxy) for arg in args):
-        return "torch.fx"
+    for arg in args:
+        if isinstance(arg, torch.fx.Proxy):
+            return "torch.fx"
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():

@@ -122,14 +122,17 @@ class Positions:
 
     def mask(self) -> Mask | None:
         """Padding and causality, as far as they hide anything."""
-        segments = causal = None
+        segments, causal = None, self.causality()
         if self.k_ids is not None and self.q_ids is not None:
             segments = Segments(self.q_ids, self.k_ids)
-        if isinstance(self.offset, Tensor) or (
-            self.offset is not None and (self.n_q > 1 or self.offset + 1 < self.n_k)
-        ):
-            causal = Causal(self.offset)
         return Both(segments, causal) if segments is not None and causal is not None else segments or causal
+
+    def causality(self) -> Mask | None:
+        """Up to where queries attend, where that hides anything."""
+        if isinstance(self.offset, Tensor):
+            return Causal(self.offset)
+        hides = self.offset is not None and (self.n_q > 1 or self.offset + 1 < self.n_k)
+        return Causal(self.offset) if hides else None
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returns, kept for the other layers; not in compiled graphs, where every layer is the first."""
@@ -174,6 +177,10 @@ class Attention(Replacement):
         if not isinstance(options["attention_mask"], Positions):  # the model's call was left to the host
             return getattr(module, self.original)(*args, **options)
         return super().__call__(module, *args, **options)
+
+    def is_watched(self, *args: Any, **options: Any) -> bool:
+        # Once for all layers: to read the environment takes as long as a view of a tensor.
+        return options["attention_mask"].once("watched", super().is_watched)
 
     def host_of(self, module: Any) -> Callable[..., Any]:
         original = getattr(module, self.original)
@@ -223,16 +230,30 @@ def append(module: Any, cache: Any, key: Tensor, value: Tensor, options: dict[st
     return cache.update(key, value, module.layer_idx)
 
 
-def not_covered(module: Any, x: Tensor, head_dim: int, dropout: float, options: dict[str, Any]) -> str | None:
-    """Why the operator cannot take the place of this layer's attention, or None."""
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Query, key and value `(B, H, N, C)` of a projection `(B, N, H * 3 * C)`, by three views."""
+    batch, n, width = qkv.shape
+    return qkv.view(batch, n, heads, 3, width // (3 * heads)).transpose(1, 2).unbind(3)
+
+
+def join_heads(out: Tensor) -> Tensor:
+    """`(B, N, H * C)` of `(B, H, N, C)`."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def not_covered(
+    module: Any, x: Tensor, head_dim: int, dropout: float | torch.nn.Dropout, options: dict[str, Any]
+) -> str | None:
+    """Why the operator cannot take the place of this layer's attention, or None; its dropout as the layer has it."""
     if reason := not_computable(x, head_dim):
         return reason
     if options.get("output_attentions"):
         return "output_attentions"
     if options.get("head_mask") is not None:
         return "a head mask"
-    if module.training and dropout > 0:
+    rate, probe = (dropout.p, dropout) if isinstance(dropout, torch.nn.Dropout) else (dropout, None)
+    if module.training and rate > 0:
         return "attention dropout in training"
-    if isinstance(probe := getattr(module, "attention_dropout", None), torch.nn.Module) and is_hooked(probe):
+    if probe is not None and is_hooked(probe):
         return "a hook on the attention weights, which are never made,"
     return None

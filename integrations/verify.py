@@ -36,10 +36,14 @@ class Difference:
     largest: float = 0.0
 
 
+def enabled() -> bool:
+    """Whether `FLASHBIAS_VERIFY` is set (to anything but `0` and the empty string)."""
+    return os.environ.get("FLASHBIAS_VERIFY", "0") not in ("", "0")
+
+
 def wanted(module: torch.nn.Module) -> bool:
     """Whether this call of a layer is to be compared."""
-    mode = os.environ.get("FLASHBIAS_VERIFY", "0")
-    return mode not in ("", "0") and (mode != "first" or module not in _differences)
+    return enabled() and (os.environ["FLASHBIAS_VERIFY"] != "first" or module not in _differences)
 
 
 def differences() -> list[Difference]:

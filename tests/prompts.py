@@ -43,14 +43,17 @@ WRITING = {
 
 
 class Operations(TorchDispatchMode):
-    """How often each operation is called, by its name, those left out that return a view."""
+    """How often each operation is called, by its name; those that return a view are `views` together."""
 
     def __init__(self):
         super().__init__()
         self.calls = Counter()
+        self.views = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func.overloadpacket.__name__ != "_unsafe_view":
+        if func.is_view or func.overloadpacket.__name__ == "_unsafe_view":
+            self.views += 1
+        else:
             self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 

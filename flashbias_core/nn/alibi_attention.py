@@ -6,6 +6,8 @@ out = attention(torch.randn(2, 4096, 1600))
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -98,8 +100,17 @@ class ALiBiAttention(nn.Module):
         width = (heads + 2 * kv_heads) * self.head_dim
         self.qkv = nn.Linear(channels, width, bias=bias, device=device, dtype=dtype)
         self.out = nn.Linear(channels, channels, bias=bias, device=device, dtype=dtype)
-        # Fixed ones are made in every call: a buffer would be rounded by `.to(torch.bfloat16)`.
         self.slopes = nn.Parameter(alibi_slopes(heads, device)) if learn_slopes else None
+        self._place_slopes()
+
+    def _place_slopes(self) -> None:
+        """Fixed slopes, where the parameters lie and always in fp32: a buffer would be rounded by `.to(bfloat16)`."""
+        self._fixed = alibi_slopes(self.heads, next(self.parameters()).device)
+
+    def _apply(self, *args: Any, **options: Any) -> ALiBiAttention:
+        super()._apply(*args, **options)
+        self._place_slopes()
+        return self
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
@@ -115,16 +126,18 @@ class ALiBiAttention(nn.Module):
         Raises:
             ShapeError: where tokens do not fit, or the cache is full.
         """
-        n = x.shape[1]
+        batch, n, _ = x.shape
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            part.view(batch, n, -1, self.head_dim).transpose(1, 2)
             for part in self.qkv(x).split([size * self.head_dim for size in sizes], -1)
         )
         if cache is not None:
             key, value = cache.append(key, value)
         mask: Mask | None = Causal() if self.causal and n > 1 else None
-        slopes = alibi_slopes(self.heads, x.device) if self.slopes is None else self.slopes
+        slopes = self._fixed if self.slopes is None else self.slopes
+        if slopes.device != x.device:  # parameters were brought there one by one
+            slopes = alibi_slopes(self.heads, x.device)
         bias = ALiBi(slopes, symmetric=not self.causal)
         if tokens is not None:
             positions = tokens.cumsum(-1, dtype=torch.int32) - 1

@@ -8,7 +8,7 @@ masks nor ALiBi tensors `(B, H, N, N)` are made, positions are exact in every dt
 - MPT may have more keys than its `max_seq_len`.
 - Falcon is what its SDPA path computes, with the bfloat16 products that the host makes of slopes and positions in every
   dtype; its eager path, which adds ALiBi twice, gives other results. Long calls in half precision have them as
-  factors, other calls as positions of each head.
+  factors, a single query as the row of its bias, other calls as positions of each head.
 - A query that may attend nowhere (padding on the left) gets 0; the hosts give it some mean of values.
 
 Left to the hosts' own code, said once in the log: `output_attentions`, attention dropout in training, head masks, masks

@@ -62,11 +62,13 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`BloomAttention.forward`: hidden states and residual `(B, N, channels)`."""
-    query, key, value = module._reshape(module.query_key_value(hidden_states))
+    query, key, value = language_models.split_heads(module.query_key_value(hidden_states), module.num_heads)
     key, value = language_models.append(module, layer_past, key, value, options)
     out = attention_mask.attend(query, key, value, module.inv_norm_factor)
-    out = module.dense(out.transpose(1, 2).flatten(2))
-    return residual + F.dropout(out, module.hidden_dropout, module.training), None
+    out = module.dense(language_models.join_heads(out))
+    if module.training:
+        out = F.dropout(out, module.hidden_dropout)
+    return residual + out, None
 
 
 def _not_covered(
@@ -74,7 +76,7 @@ def _not_covered(
 ) -> str | None:
     if module.pretraining_tp > 1 and module.slow_but_exact:
         return "slow_but_exact"
-    return language_models.not_covered(module, hidden_states, module.head_dim, module.attention_dropout.p, options)
+    return language_models.not_covered(module, hidden_states, module.head_dim, module.attention_dropout, options)
 
 
 def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:

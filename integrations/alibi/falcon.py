@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias import FactoredBias
+from flashbias import Bias, DenseBias, FactoredBias
 from flashbias.integrations import language_models
 from flashbias.nn import alibi_slopes
 from flashbias.patches import Patch, PatchSet
@@ -69,11 +69,13 @@ def attention(
     module: Any, hidden_states: Tensor, alibi: Tensor, attention_mask: Positions, layer_past: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
     """`FalconAttention.forward`: hidden states `(B, N, channels)`."""
-    qkv = module._split_heads(module.query_key_value(hidden_states))
-    query, key, value = (part.transpose(1, 2) for part in qkv)
+    query, key, value = _split_heads(module, module.query_key_value(hidden_states))
     key, value = language_models.append(module, layer_past, key, value, options)
     scale = module.inv_norm_factor
-    if _is_factored(attention_mask, query, scale):
+    if attention_mask.n_q == 1:
+        bias: Bias = attention_mask.once("row", partial(_row, attention_mask, scale))
+        out = attention_mask.attend(query, key, value, scale, bias)
+    elif _is_factored(attention_mask, query, scale):
         bias = attention_mask.once("factors", partial(_factors, attention_mask, scale))
         out = attention_mask.attend(query, key, value, scale, bias)
     else:
@@ -81,7 +83,13 @@ def attention(
         key, value = (part.expand(-1, module.num_heads, -1, -1).unsqueeze(2) for part in (key, value))
         by_head = attention_mask.once("by head", partial(_by_head, attention_mask, scale))
         out = by_head.attend(query.unsqueeze(2), key, value, scale).squeeze(2)
-    return module.dense(out.transpose(1, 2).flatten(2)), None
+    return module.dense(language_models.join_heads(out)), None
+
+
+def _split_heads(module: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+    if module.multi_query or module.new_decoder_architecture:
+        return tuple(part.transpose(1, 2) for part in module._split_heads(qkv))
+    return language_models.split_heads(qkv, module.num_heads)
 
 
 def _is_factored(positions: Positions, query: Tensor, scale: float) -> bool:
@@ -93,6 +101,12 @@ def _is_factored(positions: Positions, query: Tensor, scale: float) -> bool:
     whole = positions.k_ids is None and not isinstance(positions.offset, Tensor)
     half = query.dtype.itemsize == 2
     return whole and half and positions.n_q >= language_models.LONG and math.frexp(scale)[0] == 0.5
+
+
+def _row(positions: Positions, scale: float) -> DenseBias:
+    """`scale * (p_j - p_i)` of a single query and the rounded products."""
+    q_products, k_products = _products(positions)
+    return positions.row((k_products.float() - q_products.float()) * scale)
 
 
 def _factors(positions: Positions, scale: float) -> FactoredBias:
@@ -129,7 +143,7 @@ def _not_covered(
 ) -> str | None:
     if alibi is None:
         return "a model without ALiBi"
-    return language_models.not_covered(module, hidden_states, module.head_dim, module.attention_dropout.p, options)
+    return language_models.not_covered(module, hidden_states, module.head_dim, module.attention_dropout, options)
 
 
 def _mask_of(module: Any, positions: Positions, options: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias import ALiBi, Bias
+from flashbias import Bias
 from flashbias.integrations import language_models
 from flashbias.integrations.integration import say_once
 from flashbias.patches import Patch, PatchSet
@@ -71,17 +71,18 @@ def attention(
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
-    query, key, value = qkv.unflatten(-1, (3, module.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    batch, n, _ = qkv.shape
+    query, key, value = qkv.view(batch, n, 3, module.n_heads, module.head_dim).transpose(1, 3).unbind(2)
     key, value = language_models.append(module, past_key_values, key, value, options)
     out = attention_mask.attend(query, key, value, module.softmax_scale, _bias(attention_mask, position_bias))
-    return module.out_proj(out.transpose(1, 2).flatten(2)), None
+    return module.out_proj(language_models.join_heads(out)), None
 
 
 def _bias(positions: Positions, position_bias: Tensor) -> Bias:
     """ALiBi of the steps of the host's tensor: once for all layers, since the model gives all of them that one."""
     known, bias = positions.made.get("position_bias", (None, None))
     if known is not position_bias:
-        bias = ALiBi(position_bias[:, 0, -1] - position_bias[:, 0, -2])
+        bias = positions.alibi(position_bias[:, 0, -1] - position_bias[:, 0, -2])
         if not torch.compiler.is_compiling():
             positions.made["position_bias"] = position_bias, bias
     return bias

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flashbias import ALiBi, Bias, biased_attention
+from flashbias import ALiBi, Bias, DenseBias, biased_attention
 from flashbias.integrations import language_models
 
 
@@ -24,16 +25,39 @@ class Positions(language_models.Positions):
     k_positions: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Bias | None = None) -> Tensor:
-        """Attention of `(*batch, H, N, C)`, with a layer's own bias if it has one."""
+        """Attention of `(*batch, H, N, C)`, with a layer's own bias if it has one; a single query's has its padding."""
         bias = self.once("bias", self.bias) if bias is None else bias
-        out = biased_attention(query, key, value, bias, mask=self.once("mask", self.mask), scale=scale)
+        mask = self.once("mask", self.mask if self.n_q > 1 else self.causality)
+        out = biased_attention(query, key, value, bias, mask=mask, scale=scale)
         assert isinstance(out, Tensor)
         return out
 
     def bias(self) -> Bias:
         """ALiBi of the layers' common slopes."""
         assert self.slopes is not None
-        return ALiBi(self.slopes, q_positions=self.q_positions, k_positions=self.k_positions)
+        return self.alibi(self.slopes)
+
+    def alibi(self, slopes: Tensor) -> Bias:
+        """ALiBi of slopes `(H,)`; of a single query that padding stands before, as a row."""
+        if self.n_q > 1 or self.k_ids is None:
+            return ALiBi(slopes, q_positions=self.q_positions, k_positions=self.k_positions)
+        if self.q_positions is None or self.k_positions is None:
+            assert self.offset is not None
+            distance = torch.arange(self.n_k, device=slopes.device) - self.offset
+        else:
+            distance = self.k_positions - self.q_positions
+        return self.row(slopes[:, None] * distance[..., None, :])
+
+    def row(self, values: Tensor) -> DenseBias:
+        """The bias of a single query, `(*batch, H, 1, Nk)` from values `(*batch, H, Nk)` in fp32, and its padding.
+
+        It is no larger than positions of each head would be, and one tensor in place of slopes, positions and ids:
+        where few keys are read, each costs the host of every layer more than reading it costs the device.
+        """
+        if self.k_ids is not None:
+            values = values.masked_fill(self.k_ids[..., None, :] != 0, -torch.inf)
+        # In memory whose rows lie as the operator wants them: it would copy others in every layer.
+        return DenseBias(F.pad(values, (0, -self.n_k % 16))[..., None, : self.n_k])
 
 
 def count(positions: Positions) -> None:

@@ -56,7 +56,8 @@ def table_of(module: Any, buckets: Buckets) -> Tensor:
 
 
 def _heads(module: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, module.key_value_proj_dim)).transpose(1, 2)
+    batch, n, _ = x.shape
+    return x.view(batch, n, -1, module.key_value_proj_dim).transpose(1, 2)
 
 
 def _keys_and_values(
@@ -96,9 +97,10 @@ def attend(
     if table is None and module.has_relative_attention_bias:
         table = table_of(module, buckets)
     bias = None if table is None else RelativePositionBias(table)
-    out = biased_attention(query, key, value, bias, mask=positions.mask(), scale=1.0)
+    mask = positions.once("mask", positions.mask)
+    out = biased_attention(query, key, value, bias, mask=mask, scale=1.0)
     assert isinstance(out, Tensor)
-    return module.o(out.transpose(1, 2).flatten(2)), table
+    return module.o(language_models.join_heads(out)), table
 
 
 def not_covered(
@@ -143,6 +145,9 @@ class Attention(Replacement):
         if not isinstance(mask, Positions):  # the model's call was left to the host
             return self.call(getattr(module, self.original), hidden_states, mask, *args, **options)
         return super().__call__(module, hidden_states, mask, *args, **options)
+
+    def is_watched(self, hidden_states: Tensor, positions: Positions, *args: Any, **options: Any) -> bool:
+        return positions.once("watched", super().is_watched)
 
     def host_of(self, module: Any) -> Callable[..., Any]:
         original = getattr(module, self.original)

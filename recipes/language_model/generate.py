@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import models, t5
-from .measuring import choose, free, milliseconds, open_rows, random_model, reason
+from .measuring import choose, free, milliseconds, random_model, reason, row_store
 
 SIZES = models.MODELS | {name: ("T5", options) for name, options in t5.SIZES.items()}
 LAYERS = {"Bloom": "n_layer", "Mpt": "n_layers", "Falcon": "num_hidden_layers", "T5": "num_layers"}
@@ -17,6 +17,7 @@ PROMPTS, LONGEST = 5, 64  # of the prompts; each of the others is shorter by som
 SHORTER = 9
 FIRST = 3  # of a vocabulary come tokens that mean something else
 # Random models soon write one word for ever, and what is forced says nothing: no pair of words may come twice.
+WARM = 32  # tokens before those that are timed: among so many lengths is every one for which a kernel is compiled
 WRITING = {"do_sample": False, "use_cache": True, "no_repeat_ngram_size": 2}
 
 
@@ -27,14 +28,14 @@ def run(names: Sequence[str], tokens: int, layers: int, path: Path | None, devic
     device = machine.choose_device(device)
     names = choose(names, list(SIZES), path)
     rows: list[dict[str, Any]] = []
-    with open_rows("language_model_generate.csv", device, out) as store:
-        for name in names:
-            for row in compare(name, tokens, layers, path, device):
-                store(row)
-                counted = f"written {row['equal']} (host {row['host_equal']})"
-                likely = f"next {row['next_equal']} ({row['host_next_equal']}) of {row['of']}"
-                print(f"{name:13} {row['dtype']:9} {counted} {likely} {row['reason']}", flush=True)
-                rows.append(row)
+    store = row_store("language_model_generate.csv", device, out)
+    for name in names:
+        for row in compare(name, tokens, layers, path, device):
+            store(row)
+            counted = f"written {row['equal']} (host {row['host_equal']})"
+            likely = f"next {row['next_equal']} ({row['host_next_equal']}) of {row['of']}"
+            print(f"{name:13} {row['dtype']:9} {counted} {likely} {row['reason']}", flush=True)
+            rows.append(row)
     wrong = [row for row in rows if row["accurate"] is False or row["reason"]]
     print(json.dumps({"rows": len(rows), "wrong": len(wrong)}), flush=True)
     return 1 if wrong else 0
@@ -45,13 +46,14 @@ def compare(name: str, tokens: int, layers: int, path: Path | None, device: str)
 
     equal: in what is written, up to the first in each text that differs; in fp32 all have to be, while in half
     precision a text goes its own way after one rounding. next_equal: of the most likely tokens behind each beginning
-    of the texts that the host has written in fp32.
+    of the texts that the host has written in fp32. tokens_per_second: behind the first `WARM` tokens of a process,
+    which take first_seconds.
     """
     import torch
 
     columns = (
         "equal", "host_equal", "next_equal", "host_next_equal", "accurate", "tokens_per_second",
-        "host_tokens_per_second", "reason",
+        "host_tokens_per_second", "first_seconds", "host_first_seconds", "reason",
     )  # fmt: skip
     base: dict[str, Any] = {"model": name, "layers": layers or "all", "of": PROMPTS * tokens}
     model = exact = None
@@ -66,6 +68,7 @@ def compare(name: str, tokens: int, layers: int, path: Path | None, device: str)
             row["next_equal"], row["host_next_equal"] = (int((a[1] == exact[1]).sum()) for a in (ours, theirs))
             row["accurate"] = row["equal"] == row["of"] if dtype == torch.float32 else ""
             row["tokens_per_second"], row["host_tokens_per_second"] = ours[2], theirs[2]
+            row["first_seconds"], row["host_first_seconds"] = ours[3], theirs[3]
         except Exception as failure:
             row["reason"] = reason(failure)
         yield row
@@ -74,12 +77,14 @@ def compare(name: str, tokens: int, layers: int, path: Path | None, device: str)
             return
 
 
-def found(model: Any, ours: bool, tokens: int, device: str, exact: Any) -> tuple[Any, Any, float]:
-    """What a model writes, its most likely tokens behind each beginning of the exact texts, and tokens a second."""
+def found(model: Any, ours: bool, tokens: int, device: str, exact: Any) -> tuple[Any, Any, float, float]:
+    """What a model writes, its most likely tokens behind each beginning of the exact texts, tokens a second, and the
+    seconds of a first call."""
     with patched(ours):
+        _, first = write(model, min(tokens, WARM), device)
         texts, time = write(model, tokens, device)
         likely = next_tokens(model, texts if exact is None else exact[0], device)
-    return texts, likely, round(texts.numel() * 1e3 / time, 1)
+    return texts, likely, round(texts.numel() * 1e3 / time, 1), round(first / 1e3, 2)
 
 
 def make(name: str, layers: int, path: Path | None, device: str) -> Any:

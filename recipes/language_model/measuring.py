@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,39 @@ def choose(names: Sequence[str], known: Sequence[str], path: Path | None) -> lis
     return names
 
 
-@contextmanager
-def open_rows(name: str, device: str, out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def row_store(
+    name: str, device: str, out: Path | None, by: Sequence[str] = ("model",)
+) -> Callable[[dict[str, Any]], None]:
     """A function that writes a row to a CSV, at once, with what it was measured on.
 
-    The first row's names are the header. In the folder `out`, or where results of that device are kept.
+    In the folder `out`, or where results of that device are kept. Rows of earlier runs stay, but those that agree with
+    a new one in the columns `by`. The first row's names are the header.
     """
     from flashbias.recipes import machine
 
     folder = out or Path("recipes", "results", machine.folder_name(device))
     folder.mkdir(parents=True, exist_ok=True)
+    path, part = folder / name, folder / f"{name}.{os.getpid()}"
     conditions = machine.conditions(device) | {"transformers": machine.version("transformers")}
-    with (folder / name).open("w", newline="", encoding="utf-8") as file:
-        writers: list[Any] = []
+    rows: list[dict[str, Any]] = []
 
-        def store(row: dict[str, Any]) -> None:
-            row = row | conditions
-            if not writers:
-                writers.append(csv.DictWriter(file, row, lineterminator="\n"))
-                writers[0].writeheader()
-            writers[0].writerow(row)
-            file.flush()
+    def subject(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(column, "")) for column in by)
 
-        yield store
+    def store(row: dict[str, Any]) -> None:
+        rows.append(row | conditions)
+        others: list[dict[str, Any]] = []
+        if path.exists():  # read each time: runs of other models may go on beside this one
+            with path.open(newline="", encoding="utf-8") as file:
+                others += csv.DictReader(file)
+        own = {subject(row) for row in rows}
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([other for other in others if subject(other) not in own] + rows)
+        part.replace(path)  # a run that is cut leaves the file as it was before or after this row
+
+    return store
 
 
 def random_model(cls: Any, config: Any, device: str, dtype: Any) -> Any:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .measuring import choose, free, milliseconds, open_rows, random_model, reason
+from .measuring import choose, free, milliseconds, random_model, reason, row_store
 
 BLOOM = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}
 MPT = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 65536}
@@ -43,16 +43,14 @@ def run(
     device = machine.choose_device(device)
     names = choose(names, list(MODELS), path)
     rows: list[dict[str, Any]] = []
-    with open_rows("language_model_models.csv", device, out) as store:
-        for name in names:
-            for row in measure(name, lengths, decode, path, device):
-                store(row)
-                figures = (
-                    f"{row['milliseconds'] or '-':>9} ms {row['peak_mib'] or '-':>9} MiB {row['tokens_per_second']}"
-                )
-                place = f"{name:13} {row['work']:7} {row['attention']:34} {row['tokens']:6}"
-                print(place, figures, row["reason"], flush=True)
-                rows.append(row)
+    store = row_store("language_model_models.csv", device, out)
+    for name in names:
+        for row in measure(name, lengths, decode, path, device):
+            store(row)
+            figures = f"{row['milliseconds'] or '-':>9} ms {row['peak_mib'] or '-':>9} MiB {row['tokens_per_second']}"
+            place = f"{name:13} {row['work']:7} {row['attention']:34} {row['tokens']:6}"
+            print(place, figures, row["reason"], flush=True)
+            rows.append(row)
     wrong = [row for row in rows if row["attention"] in ("flashbias", "") and row["accurate"] is not True]
     print(json.dumps({"rows": len(rows), "wrong": len(wrong)}), flush=True)
     return 1 if wrong else 0

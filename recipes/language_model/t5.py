@@ -11,7 +11,7 @@ from typing import Any
 
 from flashbias.errors import FlashBiasError
 
-from .measuring import free, milliseconds, open_rows, random_model, reason
+from .measuring import free, milliseconds, random_model, reason, row_store
 
 LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128}
 TINY = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
@@ -30,15 +30,15 @@ def run(size: str, lengths: Sequence[int], batch: int, compiled: bool, device: s
     if size not in SIZES:
         raise FlashBiasError(f"--size {size}", "one of " + ", ".join(SIZES), "choose one of these")
     rows: list[dict[str, Any]] = []
-    with open_rows("language_model_t5.csv", device, out) as store:
-        for row in measure(size, lengths, batch, compiled, device):
-            store(row)
-            print(
-                f"{size:9} {row['attention']:26} {row['tokens']:6} {row['milliseconds'] or '-':>9} ms "
-                f"{row['peak_mib'] or '-':>7} MiB {row['times_faster'] or '-':>5} {row['reason']}",
-                flush=True,
-            )
-            rows.append(row)
+    store = row_store("language_model_t5.csv", device, out, ("model", "batch", "compiled"))
+    for row in measure(size, lengths, batch, compiled, device):
+        store(row)
+        print(
+            f"{size:9} {row['attention']:26} {row['tokens']:6} {row['milliseconds'] or '-':>9} ms "
+            f"{row['peak_mib'] or '-':>7} MiB {row['times_faster'] or '-':>5} {row['reason']}",
+            flush=True,
+        )
+        rows.append(row)
     wrong = [row for row in rows if row["attention"] == OURS and row["accurate"] is not True]
     faster = {row["tokens"]: row["times_faster"] for row in rows if row["attention"] == OURS}
     print(json.dumps({"rows": len(rows), "wrong": len(wrong), "times_faster": faster}), flush=True)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from prompts import Operations
 
 from flashbias import FlashBiasError, nn
 from flashbias.testing import assert_as_accurate
@@ -90,6 +91,26 @@ def test_in_steps_through_a_cache_as_at_once(device, steps, padded):
 def test_learned_slopes_are_saved_and_fixed_ones_are_not():
     assert "slopes" in nn.ALiBiAttention(16, 2, learn_slopes=True).state_dict()
     assert "slopes" not in nn.ALiBiAttention(16, 2).state_dict()
+
+
+def test_fixed_slopes_are_fp32_where_the_parameters_are(device):
+    built = nn.ALiBiAttention(24, 3, device=device)
+    with torch.device("meta"):
+        module = nn.ALiBiAttention(24, 3)
+    assert not any("slopes" in name or "fixed" in name for name in module.state_dict())
+    x = torch.randn(2, 9, 24, device=device)
+    assigned = copy.deepcopy(module)
+    assigned.load_state_dict(built.state_dict(), assign=True)
+    emptied = module.to_empty(device=device)
+    emptied.load_state_dict(built.state_dict())
+    for other in (assigned, emptied):
+        assert torch.equal(other(x), built(x))
+    with Operations() as operations:
+        built(x)
+    assert not operations.calls["exp2"], "made once, and not in every call"
+    half = built.to(torch.bfloat16)
+    slopes = half._fixed
+    assert (slopes.dtype, slopes.device) == (torch.float32, half.qkv.weight.device)
 
 
 def test_compiles_in_one_graph(device):

@@ -8,6 +8,7 @@ import torch
 
 from flashbias.recipes.language_model import generate, gpt, models, t5
 from flashbias.recipes.language_model.accuracy import run as train
+from flashbias.recipes.language_model.measuring import row_store
 
 WAYS = ["torch", "flashbias", "factors in fp16", "factors in bf16"]
 
@@ -86,6 +87,30 @@ def test_model_that_cannot_be_made_or_checked_leaves_the_others_their_rows(tmp_p
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 4, "wrong": 1}
 
 
+def test_rows_of_models_that_a_run_leaves_out_stay(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "CHECKED", 40)
+    monkeypatch.setattr(models, "REPEATS", 1)
+    for name, length in (("tiny-bloom", 32), ("tiny-mpt", 32), ("tiny-bloom", 48)):
+        models.run([name], [length], 0, None, "cpu", tmp_path)
+    rows = read(tmp_path / "language_model_models.csv")
+    assert [(row["model"], row["tokens"]) for row in rows] == [("tiny-mpt", "32")] * 3 + [("tiny-bloom", "48")] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["language_model_models.csv"]
+
+
+def test_rows_are_replaced_one_by_one_whatever_columns_they_have(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("model,batch,older\nt5,1,yes\nt5,4,yes\n", encoding="utf-8")
+    here = row_store("rows.csv", "cpu", tmp_path, ("model", "batch"))
+    beside = row_store("rows.csv", "cpu", tmp_path, ("model", "batch"))
+    here({"model": "t5", "batch": 1, "new": 0.5})
+    beside({"model": "mt5", "batch": 1, "new": 2.0})
+    here({"model": "t5", "batch": 1, "new": 1.5})
+    assert [(row["model"], row["batch"], row["new"]) for row in read(path)] == [
+        ("t5", "4", ""), ("mt5", "1", "2.0"), ("t5", "1", "0.5"), ("t5", "1", "1.5"),
+    ]  # fmt: skip
+
+
 def test_longer_prompts_are_not_tried_where_a_shorter_one_did_not_fit(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(models, "CHECKED", 40)
@@ -136,6 +161,7 @@ def test_texts_in_fp32_are_those_of_the_host_and_others_are_counted(tmp_path, na
     assert [row["dtype"] for row in rows] == ["float32", "float16", "bfloat16"]
     assert [row[column] for row in rows[:1] for column in ("equal", "host_equal", "next_equal", "of")] == ["35"] * 4
     assert all(0 < int(row["equal"]) <= 35 and float(row["tokens_per_second"]) > 0 for row in rows)
+    assert all(float(row["first_seconds"]) > 0 and float(row["host_first_seconds"]) > 0 for row in rows)
     assert [row["accurate"] for row in rows] == ["True", "", ""]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from prompts import DEVICE, make_ids, make_mask
 
-from flashbias import ALiBi, FactoredBias
+from flashbias import ALiBi, DenseBias, FactoredBias
 from flashbias.testing import assert_as_accurate
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -76,6 +76,35 @@ def test_far_keys_are_as_exact_by_factors_as_by_positions(alibi, dtype):
     assert_as_accurate("output", ours, theirs, oracle, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_query_behind_far_keys_and_a_hole(alibi, dtype):
+    """Its ALiBi is one row, in memory that the kernels read as it lies."""
+    from flashbias.integrations.alibi import falcon
+    from flashbias.integrations.alibi.positions import Positions
+
+    class Config:
+        num_attention_heads = 4
+
+    n_k = 30_001
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, n, 64, device=DEVICE).to(dtype) for n in (1, n_k, n_k))
+    tokens = torch.ones(2, n_k, device=DEVICE)
+    tokens[0, 29_900:29_990] = 0
+    positions = Positions.place(1, n_k, n_k - 1, tokens, torch.device(DEVICE))
+    positions = falcon._round(positions, Config, torch.device(DEVICE))
+    bias = falcon._row(positions, 0.125)
+    values = bias.values
+    assert (values.shape, values.dtype) == ((2, 4, 1, n_k), torch.float32)
+    assert values.stride(-1) == 1
+    assert all(stride % 16 == 0 for stride in values.stride()[:2])
+    ours = positions.attend(query, key, value, 0.125, bias)
+    by_head = falcon._by_head(positions, 0.125)
+    theirs = by_head.attend(*(part.unsqueeze(2) for part in (query, key, value)), 0.125).squeeze(2)
+    scores = 0.125 * (query.double() @ key.double().mT + positions.k_positions.double()[:, :, None])
+    oracle = scores.masked_fill(tokens[:, None, None] == 0, -torch.inf).softmax(-1) @ value.double()
+    assert_as_accurate("output", ours, theirs, oracle, dtype)
+
+
 def test_chunks_of_a_prompt_and_steps(make_model, stock, biases, transformers):
     model, ids = make_model("falcon", **FOUR).bfloat16(), make_ids(2, 40)
     cache, parts = transformers.DynamicCache(), []
@@ -84,7 +113,8 @@ def test_chunks_of_a_prompt_and_steps(make_model, stock, biases, transformers):
             parts.append(model(ids[:, first:end], past_key_values=cache, use_cache=True).logits)
         with stock():
             theirs, oracle = model(ids).logits, copy.deepcopy(model).float()(ids).logits
-    assert biases == [FactoredBias] * 4 + [ALiBi] * 4, "two layers, and two long chunks"
+    kinds = FactoredBias, FactoredBias, DenseBias, ALiBi
+    assert biases == [kind for kind in kinds for _ in range(2)], "two layers; two long chunks, one query, two of them"
     size = oracle.abs().max()
     assert_as_accurate("logits", torch.cat(parts, 1) / size, theirs / size, oracle / size, torch.bfloat16)
 

@@ -122,7 +122,8 @@ def test_halves_with_their_unit(make_triangle, stock, used, calls, monkeypatch):
 def test_autocast(make_triangle, stock, used, dtype):
     x = torch.randn(40, 40, 24, device=DEVICE, dtype=dtype)
     assert_like_the_host(stock, make_triangle(), x, autocast=True, chunk_size=9, inplace_safe=True)
-    assert used == set(PARTS)
+    # Attention gives bf16, and the host's layer says what becomes of it beside an input of fp32.
+    assert used == set(PARTS) - ({"out"} if dtype == torch.float32 else set())
 
 
 def test_dtypes_under_autocast_are_the_hosts(make_triangle, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -182,8 +183,10 @@ def prefill(model: Any, attention: str, tokens: int, device: str) -> dict[str, A
     ids = _ids(model, tokens, device)
     with torch.no_grad(), as_asked(attention):
         memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)[1]
-        times = [milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)]
-    return {"milliseconds": round(sorted(times)[len(times) // 2], 3), "peak_mib": round(memory / 2**20)}
+        elapsed = statistics.median(
+            milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)
+        )
+    return {"milliseconds": round(elapsed, 3), "peak_mib": round(memory / 2**20)}
 
 
 def decoding(model: Any, attention: str, tokens: int, device: str) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def decoding(model: Any, attention: str, tokens: int, device: str) -> dict[str, 
 
         with as_asked(attention):
             step()
-            elapsed = milliseconds(step, device)
+            elapsed = statistics.median(milliseconds(step, device) for _ in range(REPEATS))
     return {"milliseconds": round(elapsed / DECODED, 3), "tokens_per_second": round(DECODED * 1e3 / elapsed, 2)}
 
 

@@ -134,7 +134,7 @@ OPERATORS = [
 
 @pytest.mark.parametrize("number", range(len(OPERATORS)))
 def test_opcheck(number: int, place: str) -> None:
-    inputs = build(Case(**{**vars(OPERATORS[number]), "n_q": 5, "n_k": 9}), place)
+    inputs = build(Case(**{**vars(OPERATORS[number]), "n_q": 5, "n_k": 9, "batch": (1,)}), place)
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
     query, key, value = (leaves[name] for name in QKV)
     batch = query.shape[:-3]

@@ -32,7 +32,7 @@ def repeated(key: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], 
 
     `key` has to say all that this depends on beside the inputs and how they lie.
     """
-    key = key, *[None if tensor is None else geometry(tensor) for tensor in inputs]
+    key = key, _shared(inputs), *[None if tensor is None else geometry(tensor) for tensor in inputs]
     known = _passes.get(key)
     if known is not None:
         return known(inputs)
@@ -47,6 +47,13 @@ def repeated(key: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], 
         _passes.clear()
     _passes[key] = recorder.recorded(results)
     return results
+
+
+def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
+    """For each input the first that begins where it does; None where all begin at places of their own."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+    given = [address for address in addresses if address]
+    return None if len(set(given)) == len(given) else tuple(map(addresses.index, addresses))
 
 
 def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, zeros: bool = False) -> Tensor:
@@ -92,6 +99,11 @@ def with_tensor(description: Description, tensor: Tensor) -> Any:
     return descriptor
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins, and the size of its elements."""
+    return tensor.data_ptr(), tensor.element_size()
+
+
 def _like(room: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
     return room if room.shape == shape and room.stride() == stride else room.as_strided(shape, stride)
 
@@ -135,11 +147,9 @@ class Recorder:
 
     def recorded(self, results: Sequence[Tensor]) -> Pass | None:
         """The pass; None where it cannot be made again."""
-        tensors = [*self.inputs, *(room for room, _ in self.rooms)]
-        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
-        if not self.done or len(set(addresses)) < len(addresses):  # or it is not known which tensor is meant
+        if not self.done:
             return None
-        writer = _Writer(tensors)
+        writer = _Writer([*self.inputs, *(room for room, _ in self.rooms)])
         try:
             for run, arguments, result in self.done:
                 writer.add(run, arguments, result)
@@ -151,20 +161,22 @@ class Recorder:
 
 
 class _Writer:
-    """Writes steps, in whose arguments tensors are known by their addresses."""
+    """Writes steps, in whose arguments tensors are known by their places."""
 
     def __init__(self, tensors: list[Tensor | None]) -> None:
         self.steps: list[tuple[Make, bool]] = []
         self._size = len(tensors)
         self._known: dict[int, tuple[Any, int]] = {}  # objects and their numbers, by identity
-        self._tensors: dict[int, tuple[Tensor, int]] = {}  # and tensors by address
+        self._tensors: dict[tuple[int, int], tuple[Tensor, int]] = {}  # and tensors by place
         for number, tensor in enumerate(tensors):
             if tensor is not None:
-                self._known[id(tensor)] = self._tensors[tensor.data_ptr()] = tensor, number
+                self._known[id(tensor)] = tensor, number
+                if tensor.numel() > 0:  # else it has no place
+                    self._tensors.setdefault(_place(tensor), (tensor, number))
 
     def number(self, tensor: Tensor) -> int:
-        """Of the object with its address. Raises `KeyError` for a tensor of unknown origin."""
-        return self._tensors[tensor.data_ptr()][1]
+        """Of the object in its place. Raises `KeyError` for a tensor of unknown origin."""
+        return self._tensors[_place(tensor)][1]
 
     def add(self, run: Callable[..., Any], arguments: list[Any], result: Tensor | None) -> None:
         """Write the step that runs this."""
@@ -180,8 +192,8 @@ class _Writer:
                 values[place] = objects[number]
             return run(*values)
 
-        if result is not None and result.data_ptr() not in self._tensors:
-            self._tensors[result.data_ptr()] = result, self._keep(step, result)
+        if result is not None and _place(result) not in self._tensors:
+            self._tensors[_place(result)] = result, self._keep(step, result)
         else:
             self.steps.append((step, False))
 
@@ -235,4 +247,4 @@ class _Writer:
 
     def _has_dtype(self, value: Tensor) -> bool:
         """Whether a tensor is read in the dtype of the object; booleans are read as bytes."""
-        return self._tensors[value.data_ptr()][0].dtype == value.dtype
+        return self._tensors[_place(value)][0].dtype == value.dtype

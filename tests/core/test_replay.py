@@ -47,9 +47,13 @@ def test_a_pass_that_is_made_again_gives_the_same_bits(name: str, device: str) -
 
 @pytest.mark.parametrize("name", ["factors", "narrow factors"])
 def test_factors_that_are_inputs_now_may_be_others_later(name: str, device: str) -> None:
-    t = tensors(device)
-    run(CALLS[name](t), t, biased_attention)
-    assert passes() == [False, False]
+    t, others = tensors(device), tensors(device)
+    known = [run(CALLS[name](source), t, biased_attention) for source in (t, others, t, others)]
+    assert passes() == [True] * 4
+    for source, results in zip((t, others, t, others), known, strict=True):
+        call.forget()
+        for result, truth in zip(results, run(CALLS[name](source), t, biased_attention), strict=True):
+            assert torch.equal(result, truth)
 
 
 CASES = [
@@ -174,9 +178,22 @@ def test_a_list_of_tensors_is_refused() -> None:
 
 
 def test_inputs_that_are_one_tensor_now_may_be_two_later() -> None:
-    x = torch.arange(3.0)
-    replay.repeated("pass", [x, x], lambda: doubled(x, lambda x: x, []))
-    assert passes() == [False]
+    x, y = torch.arange(3.0), torch.ones(3)
+    for first, second in ((x, x), (x, y), (y, y), (y, x)):
+        read = lambda _, second=second: second  # noqa: E731
+        (result,) = replay.repeated("pass", [first, second], lambda x=first, read=read: doubled(x, read, []))
+        assert torch.equal(result, 2 * second)
+    assert passes() == [True, True]
+
+
+def test_inputs_of_two_dtypes_in_one_place() -> None:
+    for x in torch.arange(8.0).view(2, 4).unbind():
+        x = x.clone()
+        halves = x.view(torch.float16)
+        read = lambda _, halves=halves: halves  # noqa: E731
+        (result,) = replay.repeated("pass", [x, halves], lambda x=x, read=read: doubled(x, read, []))
+        assert torch.equal(result, 2 * halves.float())
+    assert passes() == [True]
 
 
 def test_a_pass_without_launches_and_one_that_fails(device: str) -> None:

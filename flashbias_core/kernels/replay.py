@@ -32,6 +32,8 @@ def repeated(key: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], 
 
     `key` has to say all that this depends on beside the inputs and how they lie.
     """
+    if _recorder() is not None:
+        return make()  # as a part of the pass that is being made
     key = key, _shared(inputs), *[None if tensor is None else geometry(tensor) for tensor in inputs]
     known = _passes.get(key)
     if known is not None:
@@ -49,6 +51,11 @@ def repeated(key: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], 
     return results
 
 
+def _recorder() -> Recorder | None:
+    """That of the pass which this thread makes for the first time."""
+    return getattr(_thread, "recorder", None)
+
+
 def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
     """For each input the first that begins where it does; None where all begin at places of their own."""
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
@@ -59,7 +66,7 @@ def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
 def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, zeros: bool = False) -> Tensor:
     """Memory beside `like`, in its dtype or another, that kernels fill; some only in part, and need zeros."""
     tensor = (like.new_zeros if zeros else like.new_empty)(shape, dtype=dtype)
-    recorder = getattr(_thread, "recorder", None)
+    recorder = _recorder()
     if recorder is not None:
         recorder.rooms.append((tensor, zeros))
     return tensor
@@ -68,7 +75,7 @@ def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *
 def done(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, which is made of its arguments alone; a list of tensors is none."""
     result = function(*arguments)
-    recorder = getattr(_thread, "recorder", None)
+    recorder = _recorder()
     if recorder is not None:
         recorder.done.append((function, list(arguments), result))
     return result
@@ -76,7 +83,7 @@ def done(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 def note(run: Callable[..., Any], arguments: list[Any]) -> None:
     """Note a launch, `run(*arguments)`, of the pass that is being made, if one is."""
-    recorder = getattr(_thread, "recorder", None)
+    recorder = _recorder()
     if recorder is not None:
         recorder.done.append((run, arguments, None))
 

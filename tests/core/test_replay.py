@@ -196,6 +196,19 @@ def test_inputs_of_two_dtypes_in_one_place() -> None:
     assert passes() == [True]
 
 
+def test_a_pass_inside_of_another_is_a_part_of_it() -> None:
+    for x in torch.arange(6.0).view(2, 3).unbind():
+        x = x.clone()
+
+        def make(x: Tensor = x) -> list[Tensor]:
+            (inner,) = replay.repeated("inner", [x], lambda: doubled(x, lambda x: x, []))
+            return doubled(inner, lambda x: x, [])
+
+        (result,) = replay.repeated("outer", [x], make)
+        assert torch.equal(result, 4 * x)
+    assert passes() == [True]
+
+
 def test_a_pass_without_launches_and_one_that_fails(device: str) -> None:
     x = torch.ones(3)
     replay.repeated("pass", [x], lambda: [x + 1])

@@ -25,7 +25,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 test: $(READY)  ## run all tests but those marked slow
-	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Beside the packages of .venv, and in front of them on the path.
 $(OLDER)/.ready: $(READY) tests/integrations/alibi/transformers4.txt
@@ -34,10 +34,10 @@ $(OLDER)/.ready: $(READY) tests/integrations/alibi/transformers4.txt
 	@touch $@
 
 test-transformers4: $(OLDER)/.ready  ## run the tests of language models on the older transformers, 4.57
-	PYTHONPATH=$(OLDER) $(BIN)/pytest -n $(WORKERS) tests/integrations/alibi tests/integrations/t5
+	PYTHONPATH=$(OLDER) $(BIN)/pytest -n $(WORKERS) --dist worksteal tests/integrations/alibi tests/integrations/t5
 
 test-slow: $(READY)  ## run all tests, slow ones too; meant for a machine with a GPU
-	$(BIN)/pytest -n $(WORKERS) -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(PYTEST_ARGS)
 
 # The lower bounds of setup.cfg, turned into pins. pip takes a torch of that version as it finds it, most likely with CUDA.
 test-lowest:  ## run the tests on the lowest versions that setup.cfg allows, in .venv-lowest

@@ -128,7 +128,7 @@ def test_the_gradient_has_the_dtype_of_the_table(dtype: torch.dtype, place: str)
 
 
 def test_repeats_bit_for_bit(place: str) -> None:
-    query, key, value = torch.randn(3, 2, 2, 150, 16, device=place).unbind()
+    query, key, value = torch.randn(3, 2, 1, 150, 16, device=place).unbind()
     table = torch.randn(1, 31, device=place, requires_grad=True)
 
     def gradient() -> Tensor:

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+SPREAD = -n $(WORKERS) --dist worksteal
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -25,7 +26,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 test: $(READY)  ## run all tests but those marked slow
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest $(SPREAD) $(PYTEST_ARGS)
 
 # Beside the packages of .venv, and in front of them on the path.
 $(OLDER)/.ready: $(READY) tests/integrations/alibi/transformers4.txt
@@ -34,17 +35,17 @@ $(OLDER)/.ready: $(READY) tests/integrations/alibi/transformers4.txt
 	@touch $@
 
 test-transformers4: $(OLDER)/.ready  ## run the tests of language models on the older transformers, 4.57
-	PYTHONPATH=$(OLDER) $(BIN)/pytest -n $(WORKERS) --dist worksteal tests/integrations/alibi tests/integrations/t5
+	PYTHONPATH=$(OLDER) $(BIN)/pytest $(SPREAD) tests/integrations/alibi tests/integrations/t5
 
 test-slow: $(READY)  ## run all tests, slow ones too; meant for a machine with a GPU
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest $(SPREAD) -m "slow or not slow" $(PYTEST_ARGS)
 
 # The lower bounds of setup.cfg, turned into pins. pip takes a torch of that version as it finds it, most likely with CUDA.
 test-lowest:  ## run the tests on the lowest versions that setup.cfg allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	sed -nE 's/^(.*[ =])?([a-z][a-z-]*)>=([0-9.]+).*/\2==\3/p' setup.cfg > .venv-lowest/constraints.txt
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
-	.venv-lowest/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	.venv-lowest/bin/pytest $(SPREAD) $(PYTEST_ARGS)
 
 demo: $(READY)  ## train a small SwinV2, run it stock and patched, compare; leaves demo.csv and demo.png
 	$(BIN)/flashbias demo

@@ -30,7 +30,7 @@ from .columns import score_columns
 from .compiled import Known, kind, kinds
 from .geometry import Geometry, geometry
 from .layout import Axes, Layout
-from .replay import done, with_tensor, without_tensor
+from .replay import contiguous, done, with_tensor, without_tensor
 from .terms import Block, Masks, Terms
 
 PER_HEAD = Axes(row=False, column=False)
@@ -224,7 +224,7 @@ def prepare(
     values = None if o.values is None else _aligned(o.values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:
-        allowed = done(Tensor.contiguous, allowed)
+        allowed = contiguous(allowed)
     q_columns, k_columns, folded = (columns.q, columns.k, columns.folded) if columns else (None, None, True)
     tensors = (
         query, key, value,

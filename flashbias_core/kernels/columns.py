@@ -20,7 +20,7 @@ from torch import Tensor
 from flashbias import plan
 
 from .compiled import Known, kind, launch
-from .replay import done, room
+from .replay import contiguous, done, room
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
@@ -64,7 +64,7 @@ def _score_columns(
     columns = _rounded(number, MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)
     if rank == 0 or (columns == rank and q_factor.dtype == k_factor.dtype == dtype and unit == 1.0):
         return Columns(q_factor, k_factor)
-    q_factor, k_factor = _contiguous(q_factor), _contiguous(k_factor)
+    q_factor, k_factor = contiguous(q_factor), contiguous(k_factor)
     q, k = (room(factor, (*factor.shape[:-1], columns), dtype) for factor in (q_factor, k_factor))
     n_q, n_k = q_factor.numel() // rank, k_factor.numel() // rank
     width = plan.width(columns)
@@ -100,10 +100,6 @@ def _added(product: Tensor, rank: int, size: Tensor | None) -> Tensor:
     return total if size is None else total * size
 
 
-def _contiguous(factor: Tensor) -> Tensor:
-    return factor if factor.is_contiguous() else done(Tensor.contiguous, factor)
-
-
 def gradient_width(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> int:
     """How many columns `gradient_columns` makes: of an fp32 factor beside 16 bits two parts."""
     return _rounded(_gradient_parts(factor, dtype) * factor.shape[-1], step)
@@ -119,7 +115,7 @@ def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) 
     parts, columns = _gradient_parts(factor, dtype), gradient_width(factor, dtype, step)
     if rank == 0 or (columns == rank and factor.dtype == dtype):
         return GradientColumns(factor, rank, 1, None)
-    factor = _contiguous(factor)
+    factor = contiguous(factor)
     out = room(factor, (*factor.shape[:-1], columns), dtype)
     sized = parts == 2 and dtype == torch.float16  # whose range is small
     size = room(factor, (rank,), torch.float32) if sized else None

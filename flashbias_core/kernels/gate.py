@@ -8,8 +8,8 @@ from torch import Tensor
 
 from flashbias import plan
 
-from .known import launch_known, passed
-from .replay import room
+from .known import launch_known
+from .replay import repeated, room
 
 ENTRIES = 4096  # of a tile
 
@@ -21,7 +21,7 @@ def gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
     """
     if out.numel() == 0:
         return gate.transpose(-2, -3).flatten(-2)
-    (made,) = passed("gate", (), (gate, out, unit), lambda: [_gated(gate, out, unit)])
+    (made,) = repeated("gate", (gate, out, unit), lambda: [_gated(gate, out, unit)])
     return made
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flashbias import plan
 
-from .known import launch_known, passed
-from .replay import room
+from .known import launch_known
+from .replay import repeated, room
 
 DIMENSIONS = ("batch", "head", "row", "column")
 ENTRIES = 4096  # of a tile
@@ -34,7 +34,9 @@ def as_halves(
     counts as less than `smallest`.
     """
     settings = (factor, largest, smallest)
-    q, k, v, unit = passed("halves", settings, (query, key, value), lambda: _as_halves(query, key, value, *settings))
+    q, k, v, unit = repeated(
+        ("halves", *settings), (query, key, value), lambda: _as_halves(query, key, value, *settings)
+    )
     return q, k, v, unit
 
 

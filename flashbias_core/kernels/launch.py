@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import done, repeated, room
+from .replay import contiguous, done, repeated, room
 from .terms import Block
 
 DELTA_ROWS = 32
@@ -34,12 +32,11 @@ FEW_COLUMNS = 4
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
     """Output `(*batch, H, Nq, Cv)` and LSE `(*batch, H, Nq)`; arguments as `ops.attention` has them."""
     tensors, others = _parted(operands)
-    with _on(query):
-        out, lse = repeated(
-            ("forward", query.device, scale, *others),
-            (query, key, value, *tensors),
-            lambda: _forward(query, key, value, operands, scale),
-        )
+    out, lse = repeated(
+        ("forward", scale, *others),
+        (query, key, value, *tensors),
+        lambda: _forward(query, key, value, operands, scale),
+    )
     return out, lse
 
 
@@ -63,12 +60,8 @@ def backward(
         made = _backward(grad_out, grad_lse, out, lse, query, key, value, operands, scale, names)
         return [made[name] for name in order]
 
-    with _on(query):
-        made = repeated(
-            ("backward", query.device, scale, *others, *order),
-            (query, key, value, grad_out, grad_lse, out, lse, *tensors),
-            make,
-        )
+    inputs = (query, key, value, grad_out, grad_lse, out, lse, *tensors)
+    made = repeated(("backward", scale, *others, *order), inputs, make)
     return dict(zip(order, made, strict=True))
 
 
@@ -114,7 +107,7 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     operands: Operands, scale: float, names: set[str],
 ) -> dict[str, Tensor]:  # fmt: skip
-    given = Forward(_contiguous(out), lse, None if grad_lse is None else _contiguous(grad_lse))
+    given = Forward(contiguous(out), lse, None if grad_lse is None else contiguous(grad_lse))
     multiplied = expanded(query, key.shape[-2], operands)
     if multiplied is None:
         return _gradients(grad_out, given, query, key, value, operands, scale, names)
@@ -347,28 +340,3 @@ def _group_sums(gradient: Tensor, heads: int) -> Tensor:
 
 def _row_sums(rows: Tensor) -> Tensor:
     return rows.sum(-1, dtype=torch.float64)
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else done(Tensor.contiguous, tensor)
-
-
-def _on(query: Tensor) -> AbstractContextManager[Any]:
-    """The device of the tensors as the current one."""
-    elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
-    place = torch.cuda.device(query.device) if elsewhere else nullcontext()
-    return _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place
-
-
-@contextmanager
-def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
-    """Under its deterministic switch torch fills new memory, which costs up to half of a backward pass. Kernels fill
-    all of what they are given."""
-    settings: Any = torch.utils.deterministic
-    before = settings.fill_uninitialized_memory
-    settings.fill_uninitialized_memory = False
-    try:
-        with place:
-            yield
-    finally:
-        settings.fill_uninitialized_memory = before

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashbias.errors import UnsupportedError
 
 from .geometry import Geometry, geometry
-from .replay import done
+from .replay import contiguous, done
 from .terms import Block
 
 
@@ -100,7 +100,7 @@ class Layout:
         """The block of a tensor, copied where it has to be."""
         strides = self.strides(Geometry(*geometry(tensor)), axes)
         if strides is None:
-            tensor = done(Tensor.contiguous, tensor)
+            tensor = contiguous(tensor)
             strides = self.strides(Geometry(*geometry(tensor)), axes)
         if strides is None:  # broadcast over some of the dimensions that fold
             tensor = done(_expanded, tensor, self.batch, sum(axes))

@@ -8,7 +8,8 @@ takes, or which gives, a tensor of another origin is made in the long way each t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -28,27 +29,51 @@ Description = tuple[type, dict[str, Any]]
 
 
 def repeated(key: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    """What `make()` gives, which makes it of `inputs`, the first of them not None.
+    """What `make()` gives, which makes it of `inputs` on the device of the first, which is not None.
 
     `key` has to say all that this depends on beside the inputs and how they lie.
     """
     if _recorder() is not None:
         return make()  # as a part of the pass that is being made
-    key = key, _shared(inputs), *[None if tensor is None else geometry(tensor) for tensor in inputs]
-    known = _passes.get(key)
-    if known is not None:
-        return known(inputs)
-    if key in _passes:
-        return make()
-    _thread.recorder = recorder = Recorder(inputs)
+    assert inputs[0] is not None
+    device = inputs[0].device
+    key = key, device, _shared(inputs), *[None if tensor is None else geometry(tensor) for tensor in inputs]
+    with _on(device):
+        known = _passes.get(key)
+        if known is not None:
+            return known(inputs)
+        if key in _passes:
+            return make()
+        _thread.recorder = recorder = Recorder(inputs)
+        try:
+            results = make()
+        finally:
+            _thread.recorder = None
+        if len(_passes) >= PASSES:
+            _passes.clear()
+        _passes[key] = recorder.recorded(results)
+        return results
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """A device as the current one."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    place = torch.cuda.device(device) if elsewhere else nullcontext()
+    return _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place
+
+
+@contextmanager
+def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
+    """Under its deterministic switch torch fills new memory, which costs up to half of a backward pass. Kernels fill
+    all of what they are given."""
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
     try:
-        results = make()
+        with place:
+            yield
     finally:
-        _thread.recorder = None
-    if len(_passes) >= PASSES:
-        _passes.clear()
-    _passes[key] = recorder.recorded(results)
-    return results
+        settings.fill_uninitialized_memory = before
 
 
 def _recorder() -> Recorder | None:
@@ -86,6 +111,11 @@ def note(run: Callable[..., Any], arguments: list[Any]) -> None:
     recorder = _recorder()
     if recorder is not None:
         recorder.done.append((run, arguments, None))
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is not contiguous."""
+    return tensor if tensor.is_contiguous() else done(Tensor.contiguous, tensor)
 
 
 def forget() -> None:

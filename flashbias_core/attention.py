@@ -57,6 +57,21 @@ def biased_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
+    parts = query, key, value, bias, mask, bool(is_causal), scale
+    out, lse = ops.like_before(lambda: _attend(*parts), parts)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None,
+    mask: Mask | Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE; arguments as `biased_attention` has them, checked here."""
     kind = query.device.type
     if kind in AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -83,8 +98,7 @@ def biased_attention(
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
     inputs = (query, key, value, *operands.in_order())
     _refuse_tangents(inputs)
-    out, lse = ops.attend(*inputs, float(scale))
-    return (out, lse) if return_lse else out
+    return ops.attend(*inputs, float(scale))
 
 
 def flash_bias_func(

@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import plan
 from .errors import UnsupportedError
 from .operands import Operands
+from .output import new_output
+from .signature import signature
 
 # The inputs of `attention` that have gradients, and their positions.
 DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4, "slopes": 5, "values": 8, "table": 9}
@@ -46,14 +50,36 @@ def _module(backend: str) -> ModuleType:
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
+def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """`make()`, output and LSE of a call of these parts, of which the first is query; shorter for one like another.
+
+    A call is made in the same way as one before if all but what its tensors hold is the same. With gradients its
+    operands, which are made of its bias, are a part of torch's graph.
+    """
+    tensors: list[Tensor] = []
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return make()
+    known = signature(parts, tensors)
+    device = tensors[0].device
+    if (
+        known is None
+        or device.type not in ("cpu", "cuda")
+        or torch.is_autocast_enabled(device.type)
+        or not _is_unheard(tensors)
+        or _has_gradient(tensors)
+    ):
+        return make()
+    return _backend(parts[0]).again(known, tensors, make)
+
+
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`attention`, but past torch's dispatcher where nobody listens there: it takes the host part of every call."""
     if not _is_unheard(inputs[:_TENSORS]):
         return attention(*inputs)
-    return _Attention.apply(*inputs) if _has_gradient(inputs) else _attention(*inputs)
+    return _Attention.apply(*inputs) if _has_gradient(inputs[:_TENSORS]) else _attention(*inputs)
 
 
-def _is_unheard(tensors: tuple[Any, ...]) -> bool:
+def _is_unheard(tensors: Sequence[Any]) -> bool:
     """Whether torch's dispatcher would do nothing but call what is below it; the first of `tensors` is one.
 
     Compilers, tracers, transforms, modes, profilers, subclasses of tensors and tensors without data listen.
@@ -70,8 +96,8 @@ def _is_unheard(tensors: tuple[Any, ...]) -> bool:
     return not listeners and _PLAIN.issuperset(map(type, tensors)) and not tensors[0].is_meta
 
 
-def _has_gradient(inputs: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs[:_TENSORS])
+def _has_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 # `torch.library.custom_op` would say the same, but checks its outputs in every call: up to 0.3 ms on the host.
@@ -99,8 +125,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *operands: Any) -> tup
 
 @torch.library.register_fake("flashbias::attention", lib=_LIBRARY)
 def _(query: Tensor, key: Tensor, value: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return new_output(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
@@ -184,7 +209,7 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
 # as long on the host as everything else together.
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _Attention.apply(*inputs) if _has_gradient(inputs) else _below_autograd(*inputs)
+    return _Attention.apply(*inputs) if _has_gradient(inputs[:_TENSORS]) else _below_autograd(*inputs)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

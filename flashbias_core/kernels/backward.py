@@ -34,11 +34,12 @@ class Far(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What the forward pass gave, and the gradient of its LSE, or None."""
+    """What the forward pass gave, the gradient of its LSE, or None, and how the output lies (`output.abreast`)."""
 
     out: Any
     lse: Any
     d_lse: Any
+    abreast: bool
 
 
 @triton.jit(do_not_specialize=["n_q", "n_inner", "n_heads", "unit"])

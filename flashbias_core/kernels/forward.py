@@ -24,6 +24,7 @@ from .terms import (
     mask_scores,
     products,
     program,
+    row_place,
     steps,
 )
 
@@ -35,7 +36,7 @@ def forward_kernel(
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
-    LONG: tl.constexpr, IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ABREAST: tl.constexpr, LONG: tl.constexpr, IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE; with IN_PARTS those of one of `n_splits` parts of the keys, each in a plane of its own."""
     n_tiles = tl.cdiv(n_q, BLOCK_M)
@@ -129,13 +130,15 @@ def forward_kernel(
     o_row = m_first + tl.arange(0, BLOCK_M)
     tl.store(lse + i_bh * n_q + o_row, b_lse, mask=o_row < n_q)
     o_c = tl.arange(0, WIDTH_V)[None, :]
-    tl.store(out + (i_bh * n_q + o_m) * C_V + o_c, b_out.to(out.dtype.element_ty), mask=(o_m < n_q) & (o_c < C_V))
+    p_out = out + row_place(i_bh, o_m, n_q, n_heads, ABREAST and not IN_PARTS) * C_V + o_c
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(o_m < n_q) & (o_c < C_V))
 
 
-@triton.jit(do_not_specialize=["n_splits"])
+@triton.jit(do_not_specialize=["n_splits", "n_q", "n_heads"])
 def combine_kernel(
-    out_parts, lse_parts, out, lse, n_splits, C_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr
-):
+    out_parts, lse_parts, out, lse, n_splits, n_q, n_heads,
+    C_V: tl.constexpr, WIDTH_V: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Output and LSE of a row from those of the parts of its keys, `(n_splits, rows, Cv)` and `(n_splits, rows)`."""
     i_row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_part = tl.arange(0, BLOCK)
@@ -148,4 +151,5 @@ def combine_kernel(
     b_out = tl.load(p_out, mask=(o_part[:, None] < n_splits) & (o_c[None, :] < C_V), other=0.0)
     b_out = tl.div_rn(tl.sum(b_out * b_weight[:, None], 0), tl.where(total == 0.0, 1.0, total))
     tl.store(lse + i_row, tl.where(total == 0.0, float("-inf"), largest + tl.log(total)))
-    tl.store(out + i_row * C_V + o_c, b_out.to(out.dtype.element_ty), mask=o_c < C_V)
+    p_out = out + row_place(i_row // n_q, i_row % n_q, n_q, n_heads, ABREAST) * C_V + o_c
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=o_c < C_V)

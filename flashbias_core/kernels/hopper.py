@@ -35,6 +35,7 @@ from .teams import (
     program,
     room_of,
     rooms_for,
+    row_place,
     slope_of,
     start_copy,
     unpack,
@@ -150,7 +151,7 @@ def softmax(
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
     C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
-    DENSE: gl.constexpr, TEAMS: gl.constexpr,
+    ABREAST: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """A team: output and LSE of its tile of queries."""
     q_ready, k_ready, v_ready = ready
@@ -255,13 +256,15 @@ def compute(
     o_m = gl.expand_dims(m_first + gl.arange(0, BLOCK_M, OUT_ROWS), 1)
     o_c = gl.expand_dims(gl.arange(0, WIDTH_V, gl.SliceLayout(0, OUT)), 0)
     b_out = (b_out / gl.expand_dims(b_sum, 1)).to(DTYPE)
-    gl.store(out + (i_bh * n_q + o_m) * C_V + o_c, b_out, mask=(o_m < n_q) & (o_c < C_V))
+    p_out = out + row_place(i_bh, o_m, n_q, n_heads, ABREAST) * C_V + o_c
+    gl.store(p_out, b_out, mask=(o_m < n_q) & (o_c < C_V))
 
 
 @gluon.jit(do_not_specialize=["n_q", "n_k", "n_batch", "n_inner", "n_heads", "group", "offset", "unit"])
 def forward_teams_kernel(
     q, k, v, q_columns, k_columns, bias, slopes, out, lse, n_q, n_k, n_batch, n_inner, n_heads, group, offset, unit,
     C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, FOLDED: gl.constexpr, CAUSAL: gl.constexpr,
+    ABREAST: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column)."""
@@ -305,31 +308,31 @@ def forward_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS)),
             (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
 
-def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
-    """Write output and LSE of a call that `plan.teams` gives to this kernel."""
+def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor, abreast: bool) -> None:
+    """Write output and LSE of a call that `plan.teams` gives to this kernel; abreast: as in `output.py`."""
     programs = plan.team_programs(tiles, plan.cdiv(out.shape[-2], tiles.block_m), out.shape, call.frame.traits)
     made = {"slopes": call.terms.slopes, "out": out, "lse": lse}
-    launch(forward_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles), made)
+    launch(forward_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles), made, ABREAST=abreast)

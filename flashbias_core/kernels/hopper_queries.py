@@ -38,6 +38,7 @@ from .teams import (
     pitch,
     program,
     rooms_for,
+    row_place,
     slope_of,
     unpack,
 )
@@ -78,7 +79,8 @@ def add_rows(
 
 @gluon.jit
 def statistics_of(
-    d_out_rooms, forward, i_row, o_row, n_rows, C_V: gl.constexpr, D_LSE: gl.constexpr, ROWS: gl.constexpr
+    d_out_rooms, forward, i_bh, m_first, o_row, n_q, n_heads,
+    C_V: gl.constexpr, ABREAST: gl.constexpr, D_LSE: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Level and delta of a tile's queries, as `backward.delta_kernel` has them."""
     out, lse, d_lse = forward
@@ -86,13 +88,14 @@ def statistics_of(
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
     o_m = gl.expand_dims(gl.arange(0, d_out_rooms.shape[4], gl.SliceLayout(1, VALUES)), 1)
     o_c = gl.expand_dims(gl.arange(0, WIDTH_V, gl.SliceLayout(0, VALUES)), 0)
-    b_out = gl.load(out + (i_row + o_m) * C_V + o_c, mask=(o_m < n_rows) & (o_c < C_V), other=0.0)
+    p_out = out + row_place(i_bh, m_first + o_m, n_q, n_heads, ABREAST) * C_V + o_c
+    b_out = gl.load(p_out, mask=(m_first + o_m < n_q) & (o_c < C_V), other=0.0)
     b_d_out = matrix(d_out_rooms, 0).load(VALUES)
     b_delta = gl.sum(b_d_out.to(gl.float32) * b_out.to(gl.float32), 1)
     b_delta = gl.convert_layout(b_delta, ROWS, assert_trivial=True)
     if D_LSE:
-        b_delta -= gl.load(d_lse + i_row + o_row, mask=o_row < n_rows, other=0.0)
-    b_lse = gl.load(lse + i_row + o_row, mask=o_row < n_rows, other=float("-inf"))
+        b_delta -= gl.load(d_lse + i_bh * n_q + m_first + o_row, mask=m_first + o_row < n_q, other=0.0)
+    b_lse = gl.load(lse + i_bh * n_q + m_first + o_row, mask=m_first + o_row < n_q, other=float("-inf"))
     return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E), b_delta
 
 
@@ -101,14 +104,14 @@ def compute(
     own_rooms, rooms, ready, free, place, forward, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
-    D_LSE: gl.constexpr, DENSE: gl.constexpr,
+    D_LSE: gl.constexpr, ABREAST: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """The team: the statistics and gradients of its tile of queries."""
     own_ready, k_ready = ready
     i_bh, m_first, n_tiles, p_slope = place
     d_query, d_columns, d_slopes = made
     level, delta = statistics
-    n_q, n_k, offset, unit = sizes
+    n_q, n_k, n_heads, offset, unit = sizes
     DTYPE: gl.constexpr = own_rooms[0].dtype
     BLOCK_M: gl.constexpr = own_rooms[0].shape[4]
     BLOCK_N: gl.constexpr = rooms[0].shape[4]
@@ -129,7 +132,9 @@ def compute(
     o_row = gl.arange(0, BLOCK_M, ROWS)
     inside = m_first + o_row < n_q
     mbarrier.wait(own_ready.index(0), 0)
-    b_level, b_delta = statistics_of(own_rooms[1], forward, i_row, o_row, n_q - m_first, C_V, D_LSE, ROWS)
+    b_level, b_delta = statistics_of(
+        own_rooms[1], forward, i_bh, m_first, o_row, n_q, n_heads, C_V, ABREAST, D_LSE, ROWS
+    )
     o_place = i_bh * pitch(n_q) + m_first + o_row
     gl.store(level + o_place, b_level)
     if not EXCESS:
@@ -258,7 +263,7 @@ def queries_teams_kernel(
     d_query, d_columns, d_slopes, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: gl.constexpr, C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
-    D_LSE: gl.constexpr,
+    D_LSE: gl.constexpr, ABREAST: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Statistics of queries, which the other kernels read, and gradients of queries, their factor columns and slopes.
@@ -293,12 +298,12 @@ def queries_teams_kernel(
     forward = (out, lse, d_lse)
     made = (d_query, d_columns, d_slopes)
     rows = (level, delta)
-    sizes = (n_q, n_k, offset, unit)
+    sizes = (n_q, n_k, n_heads, offset, unit)
     where = (i_o, i_i, i_h, i_h, i_kv, m_first, 0, n_tiles)
     SLOPES: gl.constexpr = slopes is not None
     gl.warp_specialize([
         (compute, (own_rooms, rooms, ready, free, what, forward, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                   GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, DENSE)),
+                   GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, ABREAST, DENSE)),
         (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, True)),
     ], [1], [LOADER])  # fmt: skip
 
@@ -326,5 +331,6 @@ def backward(
     launch(
         queries_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles) | read, made,
         GRADIENT_RANK=rank, SPLIT=split, EXCESS=excess, D_SLOPES=d_slopes is not None, D_LSE=forward.d_lse is not None,
+        ABREAST=forward.abreast,
     )  # fmt: skip
     return True

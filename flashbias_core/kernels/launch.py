@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from flashbias import plan
 from flashbias.operands import Operands
+from flashbias.output import abreast, new_output
 from flashbias.tiles import Tiles
 
 from .backward import PITCH, Far, Forward, Low, delta_kernel
@@ -20,13 +22,22 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import contiguous, done, repeated, room
+from .replay import as_room, contiguous, done, repeated, room
 from .terms import Block
 
 DELTA_ROWS = 32
 WIDE = 128  # features
 NUMBERS = ("symmetric", "causal", "offset")  # of the operands, the last ones
 FEW_COLUMNS = 4
+
+
+def again(
+    known: Sequence[Hashable], tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What `make()` gives: output and LSE of a call of these tensors, the first of them query, and all else of it."""
+    devices = [tensor.device for tensor in tensors]  # make() refuses other ones
+    out, lse = repeated(("call", *known, *devices), tensors, make)
+    return out, lse
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
@@ -72,7 +83,7 @@ def _parted(operands: Operands) -> tuple[list[Tensor | None], list[Any]]:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
-    out = room(query, (*query.shape[:-1], value.shape[-1]))
+    out = as_room(new_output(query, value.shape[-1]))
     lse = room(query, query.shape[:-1], torch.float32)
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
@@ -82,22 +93,23 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
     if teams:
         from . import hopper  # not everywhere can its language be imported
 
-        hopper.forward(call, teams, out, lse)
+        hopper.forward(call, teams, out, lse, abreast(query))
         return out, lse
     tiles = call.tiles("forward", query)
     programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
     splits = plan.key_splits(programs, key.shape[-2], query.device)
     parts = out, lse
     if splits > 1:
-        parts = room(out, (splits, *out.shape), torch.float32), room(lse, (splits, *lse.shape))
+        parts = room(query, (splits, *out.shape), torch.float32), room(lse, (splits, *lse.shape))
     call.launch(
         forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits,
-        LONG=call.frame.traits["LONG"], IN_PARTS=splits > 1,
+        ABREAST=abreast(query), LONG=call.frame.traits["LONG"], IN_PARTS=splits > 1,
     )  # fmt: skip
     if splits > 1:
         call.launch(
             combine_kernel, (lse.numel(), 1), out_parts=parts[0], lse_parts=parts[1], out=out, lse=lse,
-            n_splits=splits, C_V=value.shape[-1], WIDTH_V=call.frame.constants["WIDTH_V"],
+            n_splits=splits, n_q=query.shape[-2], n_heads=query.shape[-3], C_V=value.shape[-1],
+            WIDTH_V=call.frame.constants["WIDTH_V"], ABREAST=abreast(query),
             BLOCK=1 << (splits - 1).bit_length(),
         )  # fmt: skip
     return out, lse
@@ -107,7 +119,8 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     operands: Operands, scale: float, names: set[str],
 ) -> dict[str, Tensor]:  # fmt: skip
-    given = Forward(contiguous(out), lse, None if grad_lse is None else contiguous(grad_lse))
+    d_lse = None if grad_lse is None else contiguous(grad_lse)
+    given = Forward(_as_made(out, query), lse, d_lse, abreast(query))
     multiplied = expanded(query, key.shape[-2], operands)
     if multiplied is None:
         return _gradients(grad_out, given, query, key, value, operands, scale, names)
@@ -152,6 +165,13 @@ def _gradients(
         gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
+
+
+def _as_made(out: Tensor, query: Tensor) -> Tensor:
+    """The output as it lies where it is made; copied where it has come back in another way."""
+    if abreast(query):
+        return contiguous(out.transpose(-3, -2)).transpose(-3, -2)
+    return contiguous(out)
 
 
 def _make_statistics(query: Tensor, given: Forward, call: Call, statistics: dict[str, Any]) -> None:

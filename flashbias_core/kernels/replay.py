@@ -90,7 +90,11 @@ def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
 
 def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, zeros: bool = False) -> Tensor:
     """Memory beside `like`, in its dtype or another, that kernels fill; some only in part, and need zeros."""
-    tensor = (like.new_zeros if zeros else like.new_empty)(shape, dtype=dtype)
+    return as_room((like.new_zeros if zeros else like.new_empty)(shape, dtype=dtype), zeros=zeros)
+
+
+def as_room(tensor: Tensor, *, zeros: bool = False) -> Tensor:
+    """New memory, of any strides without gaps, as a `room`."""
     recorder = _recorder()
     if recorder is not None:
         recorder.rooms.append((tensor, zeros))

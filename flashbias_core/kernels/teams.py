@@ -43,6 +43,14 @@ def pitch(n_q):
 
 
 @gluon.jit
+def row_place(i_bh, o_m, n_q, n_heads, ABREAST: gl.constexpr):
+    """As in `terms.py`."""
+    if ABREAST:
+        return (i_bh // n_heads * n_q + o_m) * n_heads + i_bh % n_heads
+    return i_bh * n_q + o_m
+
+
+@gluon.jit
 def load_statistics(level, delta, i_bh, n_q, o_m):
     """Level and delta of a tile's queries, which behind the last have no probabilities."""
     o_place = i_bh * pitch(n_q) + o_m

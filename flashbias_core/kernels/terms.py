@@ -39,6 +39,14 @@ class Block(NamedTuple):
         return self[1:]
 
 
+@triton.jit
+def row_place(i_bh, o_m, n_q, n_heads, ABREAST: tl.constexpr):
+    """Rows of an output in front of these rows of one head; ABREAST: all heads of a row lie side by side."""
+    if ABREAST:
+        return (i_bh // n_heads * n_q + o_m) * n_heads + i_bh % n_heads
+    return i_bh * n_q + o_m
+
+
 class Terms(NamedTuple):
     """The terms of the bias, None where there is none. Factor columns may be over `unit`.
 

@@ -209,7 +209,7 @@ def test_nan_reaches_the_rows_that_see_it_and_no_others() -> None:
 
 
 def test_results_are_fresh_and_contiguous() -> None:
-    query, key, value = (torch.randn(2, 5, 3, 16).transpose(1, 2) for _ in range(3))
+    query, key, value = (torch.randn(2, 3, 5, 16).mT.contiguous().mT for _ in range(3))
     operands = Operands(values=torch.randn(5, 5))
     results = list(cpu.forward(query, key, value, operands, 0.25))
     names = {"query", "key", "value", "values"}

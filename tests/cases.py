@@ -279,6 +279,10 @@ def _bias(name: str, draw: _Draw) -> tuple[dict[str, Tensor], Callable[..., Bias
     values = draw.normal(*batch, *heads, rows, n_k) * 2
     if name == "dense_inf":
         values = values.masked_fill(draw.uniform(*values.shape) < 0.3, -torch.inf)
+    elif name == "dense_ends":  # by turns queries attend to nothing, to the last tile of 64, to those before, to all
+        last = torch.arange(n_k, device=values.device) >= (n_k - 1) // 64 * 64
+        seen = torch.stack((last & ~last, last, ~last, last | ~last))[torch.arange(rows, device=values.device) % 4]
+        values = values.masked_fill(~seen, -torch.inf)
     elif name not in ("dense", "dense_row"):
         raise ValueError(f"no bias is named {name}")
     return {"values": values}, DenseBias

@@ -172,6 +172,9 @@ class Shared:
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.memory.view(shape))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.memory.narrow(dim, start, length))
+
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.memory.permute(order))
 
@@ -348,7 +351,8 @@ _GL = types.SimpleNamespace(
     zeros=lambda shape, dtype, layout: _value(torch.zeros(shape, dtype=dtype)),
     full=lambda shape, value, dtype, layout: _value(torch.full(shape, value, dtype=dtype)),
     zeros_like=torch.zeros_like, full_like=lambda x, value: torch.full_like(x, float(value)),
-    expand_dims=torch.unsqueeze, convert_layout=lambda x, layout, assert_trivial=False: x,
+    expand_dims=torch.unsqueeze, join=lambda a, b: torch.stack((a, b), -1),
+    convert_layout=lambda x, layout, assert_trivial=False: x,
     minimum=_both(torch.minimum), maximum=_both(torch.maximum), where=torch.where,
     sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis), exp2=torch.exp2, log=torch.log,
     fma=lambda a, b, c: a * b + c, load=_load, store=_store, allocate_shared_memory=_room,

@@ -98,8 +98,8 @@ def load(
 
 @gluon.jit
 def start_scores(rooms, i_team, slot, b_zero, TEAMS: gl.constexpr, CHUNKS: gl.constexpr, DENSE: gl.constexpr):
-    """Start the products of a team's queries with a tile of keys, and of the factor columns."""
-    b_k = matrix(rooms[1], room_of(slot, i_team, TEAMS, DENSE)).permute((1, 0))
+    """Start the products of a team's queries with as many keys of a tile as `b_zero` has, and of the factor columns."""
+    b_k = matrix(rooms[1], room_of(slot, i_team, TEAMS, DENSE)).slice(0, b_zero.shape[1], 0).permute((1, 0))
     b_s = warpgroup_mma(matrix(rooms[0], i_team), b_k, b_zero, use_acc=False, is_async=True)
     if rooms[0].shape[0] > TEAMS:
         b_s = warpgroup_mma(matrix(rooms[0], TEAMS + i_team), b_k, b_s, is_async=True)
@@ -148,10 +148,26 @@ def softmax(
 
 
 @gluon.jit
+def steps(NUMBER: gl.constexpr, LAYOUT: gl.constexpr, SLOPES: gl.constexpr):
+    """How far into a tile its keys are."""
+    b_steps = gl.expand_dims(gl.arange(0, NUMBER, gl.SliceLayout(0, LAYOUT)), 0)
+    return b_steps.to(gl.float32) if SLOPES else b_steps
+
+
+@gluon.jit
+def widened(b_p, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Weights of a tile's first keys, and zeros for the others."""
+    for _ in gl.static_range(3):  # up to eight times as many
+        if b_p.shape[1] < BLOCK_N:
+            b_p = gl.join(b_p, gl.zeros_like(b_p)).permute((0, 2, 1)).reshape([b_p.shape[0], b_p.shape[1] * 2])
+    return gl.convert_layout(b_p, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
     C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
-    ABREAST: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
+    ABREAST: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """A team: output and LSE of its tile of queries."""
     q_ready, k_ready, v_ready = ready
@@ -167,6 +183,7 @@ def compute(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TAIL, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
 
@@ -191,25 +208,27 @@ def compute(
     o_last = n_k - 1
     if CAUSAL:
         o_last = gl.expand_dims(gl.minimum(o_last, m_first + o_row + offset), 1)
-    b_steps = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
-    if SLOPES:
-        b_steps = b_steps.to(gl.float32)
+    b_steps = steps(BLOCK_N, SCORES, SLOPES)
+    b_tail_steps = steps(TAIL, LAST, SLOPES)
     to_log2 = unit * LOG2_E
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_out = gl.zeros([BLOCK_M, WIDTH_V], gl.float32, OUT)
-    b_max = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
 
+    # The last tile comes first, with TAIL of its keys: behind them are none. Then its weights are those of a whole one.
+    b_max = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, LAST))
+    b_none = gl.zeros([BLOCK_M, TAIL], gl.float32, LAST)
     n_first = (n_tiles - 1) * BLOCK_N
     mbarrier.wait(k_ready.index(0), 0)
-    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_zero, TEAMS, CHUNKS, DENSE)])
-    b_bias = load_bias(rooms[3], 0, SCORES, False) if DENSE else 0
+    b_tail = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_none, TEAMS, CHUNKS, DENSE)])
+    b_tail_bias = matrix(rooms[3], 0).slice(0, TAIL, 1).load(LAST) if DENSE else 0
     mbarrier.arrive(k_free.index(0), count=1)
-    b_p, b_max, b_rescale = softmax(
-        b_s, b_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
+    b_tail, b_max, _ = softmax(
+        b_tail, b_tail_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_tail_steps,
         o_last - n_first, unit, to_log2, SLOPES, DENSE, True,
     )  # fmt: skip
-    b_sum = gl.sum(b_p, 1)
-    b_pairs = pack(b_p, DTYPE)
+    b_max = gl.convert_layout(b_max, ROWS, assert_trivial=True)
+    b_sum = gl.convert_layout(gl.sum(b_tail, 1), ROWS, assert_trivial=True)
+    b_pairs = pack(widened(b_tail, BLOCK_N, SCORES), DTYPE)
 
     slot = 0
     phase = 0
@@ -266,8 +285,12 @@ def forward_teams_kernel(
     C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, FOLDED: gl.constexpr, CAUSAL: gl.constexpr,
     ABREAST: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
-    """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column)."""
+    """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column).
+
+    TAIL: how many keys of the last tile are computed with, BLOCK_N or fewer; without a causal mask only.
+    """
     CHUNKS: gl.constexpr = RANK // CHUNK
     DENSE: gl.constexpr = bias is not None
     SPAN: gl.constexpr = BLOCK_M if DENSE else BLOCK_M * TEAMS  # queries of a program
@@ -308,25 +331,25 @@ def forward_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
@@ -335,4 +358,8 @@ def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor, abreast: bool) -
     """Write output and LSE of a call that `plan.teams` gives to this kernel; abreast: as in `output.py`."""
     programs = plan.team_programs(tiles, plan.cdiv(out.shape[-2], tiles.block_m), out.shape, call.frame.traits)
     made = {"slopes": call.terms.slopes, "out": out, "lse": lse}
-    launch(forward_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles), made, ABREAST=abreast)
+    tail = plan.tail(tiles, call.frame.sizes["n_k"], call.frame.traits)
+    launch(
+        forward_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles), made,
+        ABREAST=abreast, TAIL=tail,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import BROADCASTS, LAYOUTS, Case, build, check, ids, pairwise, run
 
-from flashbias import biased_attention, plan, reference
+from flashbias import DenseBias, biased_attention, plan, reference
 from flashbias.tiles import Tiles, triton_version
 
 
@@ -148,6 +148,37 @@ def test_a_dense_bias_of_all_the_batch(case: Case, device: str, served: Served) 
     check(case, device)
     wanted = [f"{name}_teams_kernel" for name in ("forward", "queries", "keys", "values")]
     assert [name for name, _ in served] == wanted
+
+
+TAILED = pairwise(
+    [{"n_k": n_k} for n_k in (2, 20, 65, 72, 73, 80, 81, 96, 97, 129)],
+    [{"bias": "dense_ends", "c": 32}, {"bias": "dense_inf"}],
+    base=Case(dtype=torch.bfloat16, batch=(3,), heads=1, n_q=20, broadcast="batch"),
+)
+
+
+@pytest.mark.parametrize("case", TAILED, ids=ids(TAILED))
+def test_few_keys_in_the_last_tile(case: Case, device: str, served: Served) -> None:
+    check(case, device)
+    assert len(served) == 4
+
+
+def test_lengths_share_kernels_of_as_many_last_keys(
+    device: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashbias.kernels import compiled
+
+    keys = []
+
+    def noted(kernel: Any, grid: Any, arguments: Any, constants: Any, known: Any, key: Any) -> None:
+        keys.append((id(known), key, constants()["TAIL"]))
+
+    monkeypatch.setattr(compiled, "launch", noted)
+    for n_k in (65, 66, 1217, 73, 81, 97, 127):
+        q, k, v = (torch.zeros(2, 1, n, 16, device=device, dtype=torch.bfloat16) for n in (20, n_k, n_k))
+        biased_attention(q, k, v, DenseBias(torch.zeros(1, 1, 20, n_k, device=device, dtype=torch.bfloat16)))
+    assert [tail for *_, tail in keys] == [8, 8, 8, 16, 32, 64, 64]
+    assert len(set(keys)) == 4
 
 
 @pytest.mark.gpu

@@ -232,6 +232,25 @@ def test_return_lse(place: str) -> None:
     assert (lse.dtype, lse.shape) == (torch.float32, (2, 2, 7))
 
 
+@pytest.mark.parametrize("n_q", [1, 5, 70])
+def test_the_output_lies_as_the_queries_do(n_q: int, place: str) -> None:
+    """So that hosts join heads without a copy; neither the result nor gradients depend on it."""
+    t = qkv(n_q, 10, place)
+    slopes, weight = torch.rand(2, device=place), torch.randn(1, 2, n_q, t["value"].shape[-1], device=place)
+    results = []
+    for abreast in (False, True):
+        query = t["query"].transpose(1, 2).contiguous().transpose(1, 2) if abreast else t["query"]
+        leaves = [x.detach().requires_grad_() for x in (query, t["key"], t["value"], slopes)]
+        out, lse = biased_attention(*leaves[:3], ALiBi(leaves[3]), return_lse=True)
+        assert lse.is_contiguous()
+        assert out.transpose(1, 2).is_contiguous() == (abreast or n_q == 1)
+        assert out.is_contiguous() == (not abreast or n_q == 1)
+        (out * weight).sum().backward()
+        results.append([out, lse, *(leaf.grad for leaf in leaves)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
 def test_lse_joins_two_halves_of_the_keys(place: str) -> None:
     """What an LSE is for: attention over parts of the keys, put together, is attention over all."""
     t = qkv(7, 10, place)

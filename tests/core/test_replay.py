@@ -14,9 +14,11 @@ from calls import CALLS, run, tensors
 from cases import Case, build
 from torch import Tensor
 
-from flashbias import DenseBias, biased_attention
+from flashbias import ALiBi, DenseBias, biased_attention
+from flashbias.errors import DeviceError, ShapeError
 from flashbias.kernels import call, replay
 from flashbias.kernels.terms import Block
+from flashbias.terms import Linear, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,62 @@ def test_which_gradients_are_wanted_is_another_pass(device: str) -> None:
         out.sum().backward()
         assert [name for name, leaf in leaves.items() if leaf.grad is not None] == wanted
     assert len(passes()) == 1 + 4
+
+
+@torch.no_grad()
+def test_calls_without_gradients_are_passes_as_a_whole(device: str) -> None:
+    """All calls, then with other tensors, then each of these as the first of its kind."""
+    first, second = tensors(device), tensors(device)
+
+    def outputs(t: dict[str, Tensor], name: str) -> Tensor:
+        given = {key: t[key] for key in ("query", "key", "value")} | CALLS[name](t)
+        return biased_attention(**given)
+
+    for name in CALLS:
+        outputs(first, name)
+    number = len(passes())
+    assert number >= len(CALLS) - 1  # those with lengths differ in what these hold alone
+    again = {name: outputs(second, name) for name in CALLS}
+    assert len(passes()) == number
+    for name, out in again.items():
+        call.forget()
+        assert torch.equal(out, outputs(second, name)), name
+
+
+@torch.no_grad()
+def test_what_a_bias_says_is_read_in_every_call(device: str) -> None:
+    t = tensors(device)
+    given = [t[name] for name in ("query", "key", "value")]
+    bias = ALiBi(t["slopes"])
+    plain = biased_attention(*given, bias)
+    bias.symmetric = True
+    turned = biased_attention(*given, bias)
+    assert torch.equal(turned, biased_attention(*given, ALiBi(t["slopes"], symmetric=True)))
+    assert not torch.equal(turned, plain)
+    bias.slopes = t["slopes"][:1]  # of all heads
+    assert torch.equal(biased_attention(*given, bias)[:, 0], turned[:, 0])
+    bias.slopes = t["slopes"].repeat(2)
+    with pytest.raises(ShapeError, match="slopes"):
+        biased_attention(*given, bias)
+    bias.slopes = t["slopes"].to("meta")
+    with pytest.raises(DeviceError, match="slopes"):
+        biased_attention(*given, bias)
+
+
+@torch.no_grad()
+def test_a_bias_defined_elsewhere_is_asked_in_every_call(device: str) -> None:
+    class Moving(ALiBi):
+        sign = 1.0
+
+        def terms(self, problem: Problem) -> list[Linear]:
+            return [Linear(self.sign * self.slopes, None, None, False)]
+
+    t = tensors(device)
+    given = [t[name] for name in ("query", "key", "value")]
+    bias = Moving(t["slopes"])
+    biased_attention(*given, bias)
+    bias.__class__.sign = -1.0
+    assert torch.equal(biased_attention(*given, bias), biased_attention(*given, ALiBi(-t["slopes"])))
 
 
 def test_what_is_kept_holds_no_tensors(device: str) -> None:

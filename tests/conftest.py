@@ -48,9 +48,10 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
     hasten_interpreter()
 
-# xdist starts several processes: each takes its share of the cores, or they fight for them.
+# xdist starts several processes: each takes its share of the cores, and what it starts does, or they fight for them.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // _WORKERS))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def pytest_report_header() -> list[str]:

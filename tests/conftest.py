@@ -23,7 +23,7 @@ HAS_CUDA = torch.cuda.is_available()
 
 
 def hasten_interpreter() -> None:
-    """Keep Triton's interpreter from work that changes no result and takes three quarters of its time.
+    """Keep Triton's interpreter from work that changes no result and takes two thirds of its time.
 
     By itself it replaces the functions of its language, hundreds, at every call of a function in a kernel: here once,
     and so they stay. And it computes whether sums and products of integers overflow, only to throw that away.

@@ -12,6 +12,8 @@ undoes it. Weights and state dicts stay what they are.
 - Local attention between atoms is exact; neither windows are copied nor a matrix over all atoms made.
 - The biases of a diffusion step do not change from step to step: within a call of `Protenix.sample_diffusion` each
   block makes its own once, and it is freed at the end. `configure(bias_cache_gb=...)` limits the memory for that.
+- In inference, transitions of very many pairs are taken in parts, as the host does it from 3,200 tokens on: else those
+  of the confidence head are the peak of memory.
 
 The diffusion and the confidence head are in fp32. Where Protenix permits products of tf32 there (`enable_tf32`, on by
 default), inference computes attention between tokens, and triangle attention, from fp16 with a unit for each head: it
@@ -29,7 +31,7 @@ from flashbias.integrations.choice import ConfigurationError
 from flashbias.integrations.integration import Integration
 from flashbias.patches import Patch, PatchSet
 
-from . import diffusion, local, pair_bias, triangle
+from . import diffusion, local, pair_bias, transition, triangle
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ INTEGRATION = Integration(
         *triangle.PATCHES,
         pair_bias.PATCH,
         local.PATCH,
+        transition.PATCH,
         Patch(
             "protenix.model.protenix:Protenix.sample_diffusion",
             sample_diffusion,

@@ -62,7 +62,10 @@ def host(protenix: Any) -> SimpleNamespace:
         return importlib.import_module(f"protenix.model.{name}")
 
     return SimpleNamespace(
-        triangular=module("triangular.triangular"), transformer=module("modules.transformer"), model=module("protenix")
+        triangular=module("triangular.triangular"),
+        transformer=module("modules.transformer"),
+        model=module("protenix"),
+        primitives=module("modules.primitives"),
     )
 
 

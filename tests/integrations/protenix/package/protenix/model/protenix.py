@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from protenix.model.modules.primitives import Transition
 from protenix.model.modules.transformer import AtomTransformer, AttentionPairBias, DiffusionTransformer
 from protenix.model.triangular.triangular import TriangleAttention
 
@@ -17,6 +18,7 @@ class PairformerBlock(nn.Module):
         self.c_s = C_S
         self.tri_att_start, self.tri_att_end = TriangleAttention(C_Z, 8, 2), TriangleAttention(C_Z, 8, 2)
         self.attention_pair_bias = AttentionPairBias(has_s=False, create_offset_ln_z=True, n_heads=2, c_a=C_S, c_z=C_Z)
+        self.pair_transition = Transition(C_Z, 2)
 
     def forward(
         self,
@@ -31,6 +33,7 @@ class PairformerBlock(nn.Module):
         for attention in (self.tri_att_start, self.tri_att_end):
             z = z + attention(z, pair_mask, chunk_size, triangle_attention)
             z = z.transpose(-2, -3).contiguous()
+        z = z + self.pair_transition(z)
         return s + self.attention_pair_bias(s, None, z), z
 
 

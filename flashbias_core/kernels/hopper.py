@@ -124,6 +124,16 @@ def scale_queries(rooms, i_team, unit, TEAMS: gl.constexpr):
 
 
 @gluon.jit
+def floats(b_x):
+    """Halves as fp32."""
+    if b_x.dtype.is_bf16():
+        b_x = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [b_x], gl.float32, is_pure=True, pack=2
+        )
+    return b_x.to(gl.float32)
+
+
+@gluon.jit
 def softmax(
     b_s, b_bias, b_max, slope, ahead, b_steps, b_last, unit, to_log2,
     SLOPES: gl.constexpr, DENSE: gl.constexpr, CHECK: gl.constexpr,
@@ -133,17 +143,19 @@ def softmax(
     `b_last` is how far into the tile a query attends: looked at where CHECK.
     """
     if DENSE:
-        b_s = gl.fma(b_bias.to(gl.float32), gl.full_like(b_s, 1 / unit), b_s)
+        b_s = gl.fma(floats(b_bias), gl.full_like(b_s, 1 / unit), b_s)
     if SLOPES:
         b_s = gl.fma(gl.full_like(b_s, slope), b_steps + gl.zeros_like(b_s), b_s)
     if CHECK:
         b_s = gl.where(b_steps <= b_last, b_s, float("-inf"))
-    b_new = gl.maximum(b_max, gl.max(b_s, 1) + ahead)
+    b_new = gl.maximum(b_max, gl.max(b_s, 1) + ahead if SLOPES else gl.max(b_s, 1))
     b_shift = b_new
     if CHECK or DENSE:
         b_shift = gl.where(b_new == float("-inf"), 0.0, b_new)
     b_rescale = gl.exp2((b_max - b_shift) * to_log2)
-    b_p = gl.exp2(b_s * to_log2 - gl.expand_dims((b_shift - ahead) * to_log2, 1))
+    if SLOPES:
+        b_shift -= ahead
+    b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_shift * to_log2, 1))
     return b_p, b_new, b_rescale
 
 
@@ -152,6 +164,13 @@ def steps(NUMBER: gl.constexpr, LAYOUT: gl.constexpr, SLOPES: gl.constexpr):
     """How far into a tile its keys are."""
     b_steps = gl.expand_dims(gl.arange(0, NUMBER, gl.SliceLayout(0, LAYOUT)), 0)
     return b_steps.to(gl.float32) if SLOPES else b_steps
+
+
+@gluon.jit
+def in_parts(b_p, LAYOUT: gl.constexpr):
+    """Sums of each row that a thread can make alone."""
+    b_p = gl.sum(b_p.reshape([b_p.shape[0], b_p.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(b_p, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -185,6 +204,7 @@ def compute(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TAIL, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
 
     mbarrier.wait(q_ready.index(i_team), 0)
@@ -227,7 +247,7 @@ def compute(
         o_last - n_first, unit, to_log2, SLOPES, DENSE, True,
     )  # fmt: skip
     b_max = gl.convert_layout(b_max, ROWS, assert_trivial=True)
-    b_sum = gl.convert_layout(gl.sum(b_tail, 1), ROWS, assert_trivial=True)
+    b_sum = in_parts(b_tail, SUMS)
     b_pairs = pack(widened(b_tail, BLOCK_N, SCORES), DTYPE)
 
     slot = 0
@@ -256,7 +276,7 @@ def compute(
                 b_s, b_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
                 o_last - n_first, unit, to_log2, SLOPES, DENSE, part == 0,
             )  # fmt: skip
-            b_sum = b_sum * b_rescale + gl.sum(b_p, 1)
+            b_sum = b_sum * gl.expand_dims(gl.convert_layout(b_rescale, gl.SliceLayout(1, SUMS), assert_trivial=True), 1) + in_parts(b_p, SUMS)
             b_out = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(v_free.index(slot), count=1)
             b_pairs = pack(b_p, DTYPE)
@@ -267,6 +287,7 @@ def compute(
     b_v = matrix(rooms[2], room_of(slot, i_team, TEAMS, DENSE))
     b_out = warpgroup_mma(unpack(b_pairs, DTYPE, WEIGHTS), b_v, b_out)
 
+    b_sum = gl.convert_layout(gl.sum(b_sum, 1), ROWS, assert_trivial=True)
     b_lse = gl.where(b_sum == 0.0, float("-inf"), b_max * unit + gl.log(b_sum))
     if SLOPES:
         b_lse -= slope * unit * o_row.to(gl.float32)

@@ -27,6 +27,7 @@ from .teams import (
     barriers,
     batch_row,
     columns,
+    floats,
     inputs,
     launch,
     load_bias,
@@ -121,16 +122,6 @@ def scale_queries(rooms, i_team, unit, TEAMS: gl.constexpr):
     high.store(b_high)
     low.store((b_q - b_high.to(gl.float32)).to(high.dtype))
     fence_async_shared()
-
-
-@gluon.jit
-def floats(b_x):
-    """Halves as fp32."""
-    if b_x.dtype.is_bf16():
-        b_x = gl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [b_x], gl.float32, is_pure=True, pack=2
-        )
-    return b_x.to(gl.float32)
 
 
 @gluon.jit

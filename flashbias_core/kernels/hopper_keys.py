@@ -26,6 +26,7 @@ from .teams import (
     barriers,
     batch_row,
     columns,
+    floats,
     gradients,
     inputs,
     launch,
@@ -165,7 +166,7 @@ def probabilities(
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), slope * o_n.to(gl.float32) + gl.zeros_like(b_s))
                       - gl.expand_dims(b_level, 0))  # fmt: skip
     elif DENSE:
-        b_x = b_bias.to(gl.float32) * LOG2_E - gl.expand_dims(b_level, 0)
+        b_x = floats(b_bias) * LOG2_E - gl.expand_dims(b_level, 0)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
         b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 0))

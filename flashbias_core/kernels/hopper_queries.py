@@ -28,6 +28,7 @@ from .teams import (
     barriers,
     batch_row,
     columns,
+    floats,
     gradients,
     inputs,
     launch,
@@ -54,7 +55,7 @@ def probabilities(
         b_x = gl.fma(b_s, gl.full_like(b_s, to_log2), slope * b_steps + gl.zeros_like(b_s))
         b_p = gl.exp2(b_x - gl.expand_dims(b_level - ahead, 1))
     elif DENSE:
-        b_x = b_bias.to(gl.float32) * LOG2_E - gl.expand_dims(b_level, 1)
+        b_x = floats(b_bias) * LOG2_E - gl.expand_dims(b_level, 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
         b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 1))

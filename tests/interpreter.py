@@ -362,5 +362,6 @@ _LANGUAGE: dict[str, Any] = {
     "gl": _GL, "mbarrier": _MBARRIER, "copy": _copy, "fence_async_shared": _nothing,
     "warpgroup_mma": _start_product, "warpgroup_mma_wait": _wait_for_products,
     # In registers a loop carries halves as pairs in integers; here nothing is carried.
-    "floats": lambda x: x.float(), "pack": lambda x, dtype: x.to(dtype), "unpack": lambda x, dtype, layout: x,
+    "floats": lambda x: x.float(), "minus": lambda x: -x,
+    "pack": lambda x, dtype: x.to(dtype), "unpack": lambda x, dtype, layout: x,
 }  # fmt: skip

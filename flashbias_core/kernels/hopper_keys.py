@@ -34,6 +34,7 @@ from .teams import (
     load_statistics,
     lost,
     matrix,
+    minus,
     pack,
     program,
     rooms_for,
@@ -166,10 +167,10 @@ def probabilities(
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), slope * o_n.to(gl.float32) + gl.zeros_like(b_s))
                       - gl.expand_dims(b_level, 0))  # fmt: skip
     elif DENSE:
-        b_x = floats(b_bias) * LOG2_E - gl.expand_dims(b_level, 0)
+        b_x = floats(b_bias) * LOG2_E + gl.expand_dims(minus(b_level), 0)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
     else:
-        b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_level, 0))
+        b_p = gl.exp2(b_s * to_log2 + gl.expand_dims(minus(b_level), 0))
     if CHECK:
         b_p = gl.where(o_n + distance <= gl.expand_dims(o_m, 0), b_p, 0.0)
     return b_p

@@ -28,6 +28,7 @@ from .teams import (
     batch_row,
     columns,
     floats,
+    in_parts,
     inputs,
     launch,
     load_bias,
@@ -155,13 +156,6 @@ def steps(NUMBER: gl.constexpr, LAYOUT: gl.constexpr, SLOPES: gl.constexpr):
     """How far into a tile its keys are."""
     b_steps = gl.expand_dims(gl.arange(0, NUMBER, gl.SliceLayout(0, LAYOUT)), 0)
     return b_steps.to(gl.float32) if SLOPES else b_steps
-
-
-@gluon.jit
-def in_parts(b_p, LAYOUT: gl.constexpr):
-    """Sums of each row that a thread can make alone."""
-    b_p = gl.sum(b_p.reshape([b_p.shape[0], b_p.shape[1] // 8, 8]), 1)
-    return gl.convert_layout(b_p, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit

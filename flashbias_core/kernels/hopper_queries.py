@@ -30,6 +30,7 @@ from .teams import (
     columns,
     floats,
     gradients,
+    in_parts,
     inputs,
     launch,
     load_bias,
@@ -66,16 +67,22 @@ def probabilities(
 
 @gluon.jit
 def add_rows(
-    b_excess, b_d_slopes, b_mean_distance, b_p, b_ds, b_steps, b_first, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr
-):
-    """A tile's rows added to their sums of dS, and of dS and P times distances. Slopes have EXCESS, too."""
+    b_excess, b_d_slopes, b_mean_distance, b_p, b_ds, b_steps, b_first,
+    EXCESS: gl.constexpr, D_SLOPES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """A tile's rows added to parts of their sums of dS, and of dS and P times distances. Slopes have EXCESS, too."""
     if EXCESS:
-        b_sum = gl.sum(b_ds, 1)
-        b_excess += b_sum
+        b_excess += in_parts(b_ds, SUMS)
     if D_SLOPES:
-        b_d_slopes += gl.sum(b_ds * b_steps, 1) + b_sum * b_first
-        b_mean_distance += gl.sum(b_p * b_steps, 1) + gl.sum(b_p, 1) * b_first
+        b_distance = b_steps + gl.expand_dims(b_first, 1)
+        b_d_slopes += in_parts(b_ds * b_distance, SUMS)
+        b_mean_distance += in_parts(b_p * b_distance, SUMS)
     return b_excess, b_d_slopes, b_mean_distance
+
+
+@gluon.jit
+def row_sums(b_parts, ROWS: gl.constexpr):
+    return gl.convert_layout(gl.sum(b_parts, 1), ROWS, assert_trivial=True)
 
 
 @gluon.jit
@@ -128,6 +135,7 @@ def compute(
     COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
 
     i_row = i_bh * n_q + m_first
     o_row = gl.arange(0, BLOCK_M, ROWS)
@@ -157,7 +165,7 @@ def compute(
     b_d_query = gl.zeros([BLOCK_M, WIDTH], gl.float32, QUERIES)
     b_d_columns = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
     b_means = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
-    b_excess = gl.zeros([BLOCK_M], gl.float32, ROWS)
+    b_excess = gl.zeros([BLOCK_M, 8], gl.float32, SUMS)
     b_d_slopes = b_excess
     b_mean_distance = b_excess
 
@@ -172,7 +180,7 @@ def compute(
     )
     b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
     b_excess, b_d_slopes, b_mean_distance = add_rows(
-        b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
+        b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES, SUMS
     )
     b_ds = pack(b_dp, DTYPE)
     b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
@@ -214,7 +222,7 @@ def compute(
             )  # fmt: skip
             b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
             b_excess, b_d_slopes, b_mean_distance = add_rows(
-                b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES
+                b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES, SUMS
             )
             if MEANS:
                 b_d_query, b_d_columns, b_means = warpgroup_mma_wait(0, [b_sums, b_column_sums, b_mean_sums])
@@ -236,6 +244,7 @@ def compute(
     if MEANS:
         b_means = warpgroup_mma(unpack(b_pairs, DTYPE, LEFT_C), matrix(rooms[3], slot), b_means)
 
+    b_excess = row_sums(b_excess, ROWS)
     # What the sum of a row's dS lacks. It is added: where the means, which products have made, were subtracted, ptxas
     # took them for the zeros that they had been before.
     b_lack = gl.zeros_like(b_excess) - b_excess
@@ -244,7 +253,8 @@ def compute(
             b_lack += gl.load(forward[2] + i_row + o_row, mask=inside, other=0.0)
         gl.store(delta + o_place, b_delta - b_lack)
     if D_SLOPES:
-        gl.store(d_slopes + i_row + o_row, b_d_slopes + b_lack * b_mean_distance, mask=inside)
+        b_d_slopes = row_sums(b_d_slopes, ROWS) + b_lack * row_sums(b_mean_distance, ROWS)
+        gl.store(d_slopes + i_row + o_row, b_d_slopes, mask=inside)
     if GRADIENT_RANK > 0:
         if MEANS:
             b_lack = gl.convert_layout(b_lack, gl.SliceLayout(1, COLUMNS), assert_trivial=True)

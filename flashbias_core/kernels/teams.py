@@ -127,6 +127,13 @@ def floats(b_x):
 
 
 @gluon.jit
+def in_parts(b_x, LAYOUT: gl.constexpr):
+    """Sums of each row that a thread can make alone."""
+    b_x = gl.sum(b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(b_x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def minus(b_x):
     """`-x` of fp32 that was read, as part of what uses it: the compiler has an instruction flip the sign."""
     return gl.inline_asm_elementwise("neg.f32 $0, $1;", "=r,r", [b_x], gl.float32, is_pure=True, pack=1)

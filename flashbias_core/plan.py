@@ -127,7 +127,7 @@ def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapp
 
 
 def tail(found: Tiles, n_k: int, constants: Mapping[str, Any]) -> int:
-    """How many keys of the last tile teams compute with, forward: a power of two from 8 on, or all.
+    """How many keys of the last tile teams that keep queries compute with: a power of two from 8 on, or all.
 
     All without a dense bias: each number is another kernel to compile, and rows without one are long.
     """

@@ -40,7 +40,9 @@ from .teams import (
     row_place,
     slope_of,
     start_copy,
+    steps,
     unpack,
+    widened,
 )
 
 
@@ -149,22 +151,6 @@ def softmax(
         b_shift -= ahead
     b_p = gl.exp2(b_s * to_log2 - gl.expand_dims(b_shift * to_log2, 1))
     return b_p, b_new, b_rescale
-
-
-@gluon.jit
-def steps(NUMBER: gl.constexpr, LAYOUT: gl.constexpr, SLOPES: gl.constexpr):
-    """How far into a tile its keys are."""
-    b_steps = gl.expand_dims(gl.arange(0, NUMBER, gl.SliceLayout(0, LAYOUT)), 0)
-    return b_steps.to(gl.float32) if SLOPES else b_steps
-
-
-@gluon.jit
-def widened(b_p, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Weights of a tile's first keys, and zeros for the others."""
-    for _ in gl.static_range(3):  # up to eight times as many
-        if b_p.shape[1] < BLOCK_N:
-            b_p = gl.join(b_p, gl.zeros_like(b_p)).permute((0, 2, 1)).reshape([b_p.shape[0], b_p.shape[1] * 2])
-    return gl.convert_layout(b_p, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit

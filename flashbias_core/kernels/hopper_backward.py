@@ -60,12 +60,15 @@ def load(
 
 @gluon.jit
 def start_products(own_rooms, rooms, slot, b_zero, CHUNKS: gl.constexpr):
-    """Start the scores of a tile, own rows by passing ones, and the products of values and gradients of outputs."""
-    b_right = matrix(rooms[0], slot).permute((1, 0))
+    """Start the scores of a tile, own rows by passing ones, and the products of values and gradients of outputs.
+
+    Passing rows are as many as `b_zero` has columns.
+    """
+    b_right = matrix(rooms[0], slot).slice(0, b_zero.shape[1], 0).permute((1, 0))
     b_s = warpgroup_mma(matrix(own_rooms[0], 0), b_right, b_zero, use_acc=False, is_async=True)
     for i in gl.static_range(CHUNKS):
         b_columns = matrix(rooms[2], slot * CHUNKS + i).permute((1, 0))
         b_s = warpgroup_mma(matrix(own_rooms[2], i), b_columns, b_s, is_async=True)
-    b_right = matrix(rooms[1], slot).permute((1, 0))
+    b_right = matrix(rooms[1], slot).slice(0, b_zero.shape[1], 0).permute((1, 0))
     b_dp = warpgroup_mma(matrix(own_rooms[1], 0), b_right, b_zero, use_acc=False, is_async=True)
     return b_s, b_dp

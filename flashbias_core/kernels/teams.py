@@ -127,9 +127,25 @@ def floats(b_x):
 
 
 @gluon.jit
+def steps(NUMBER: gl.constexpr, LAYOUT: gl.constexpr, SLOPES: gl.constexpr):
+    """How far into a tile its keys are."""
+    b_steps = gl.expand_dims(gl.arange(0, NUMBER, gl.SliceLayout(0, LAYOUT)), 0)
+    return b_steps.to(gl.float32) if SLOPES else b_steps
+
+
+@gluon.jit
 def in_parts(b_x, LAYOUT: gl.constexpr):
     """Sums of each row that a thread can make alone."""
     b_x = gl.sum(b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 8]), 1)
+    return gl.convert_layout(b_x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def widened(b_x, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """What belongs to a tile's first keys, and zeros for the others."""
+    for _ in gl.static_range(3):  # up to eight times as many
+        if b_x.shape[1] < BLOCK_N:
+            b_x = gl.join(b_x, gl.zeros_like(b_x)).permute((0, 2, 1)).reshape([b_x.shape[0], b_x.shape[1] * 2])
     return gl.convert_layout(b_x, LAYOUT, assert_trivial=True)
 
 

@@ -93,10 +93,10 @@ def compute(rooms, ready, free, place, statistics, d_values, sizes):
         b_k, b_v = matrix(rooms[2], slot).permute((1, 0)), matrix(rooms[3], slot).permute((1, 0))
         b_s = warpgroup_mma(matrix(rooms[0], slot), b_k, b_zero, use_acc=False, is_async=True)
         b_dp = warpgroup_mma(matrix(rooms[1], slot), b_v, b_zero, use_acc=False, is_async=True)
+        b_bias = load_bias(rooms[4], 0, SCORES, False)
         b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
         mbarrier.arrive(free.index(slot), count=1)
-        b_bias = floats(load_bias(rooms[4], 0, SCORES, False))
-        b_x = b_bias * LOG2_E + gl.expand_dims(minus(b_level), 1)
+        b_x = floats(b_bias) * LOG2_E + gl.expand_dims(minus(b_level), 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
         b_sum = gl.fma(b_p, b_dp - gl.expand_dims(b_delta, 1), b_sum)
         slot += 1

@@ -163,7 +163,7 @@ def probabilities(
 ):  # fmt: skip
     """`exp(unit * s - LSE)` of a tile, keys by queries; `distance` is that of its first query to its first key."""
     if SLOPES:
-        b_level -= slope * (distance - o_m).to(gl.float32)
+        b_level -= slope * (gl.full_like(b_level, distance) - o_m.to(gl.float32))
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), slope * o_n.to(gl.float32) + gl.zeros_like(b_s))
                       - gl.expand_dims(b_level, 0))  # fmt: skip
     elif DENSE:

@@ -17,4 +17,3 @@ def new_output(query: Tensor, c_v: int) -> Tensor:
     if abreast(query):
         return query.new_empty((*batch, rows, heads, c_v)).transpose(-3, -2)
     return query.new_empty((*batch, heads, rows, c_v))
-

@@ -154,6 +154,14 @@ def softmax(
 
 
 @gluon.jit
+def sums(b_p, LAYOUT: gl.constexpr, IN_PARTS: gl.constexpr):
+    """Sums of rows, or their parts."""
+    if IN_PARTS:
+        return in_parts(b_p, LAYOUT)
+    return gl.convert_layout(gl.sum(b_p, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+
+
+@gluon.jit
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
     C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
@@ -176,6 +184,7 @@ def compute(
     LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TAIL, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
+    IN_PARTS: gl.constexpr = CHUNKS == 0 and WIDTH_V <= 32  # else the parts take registers that are needed
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
 
     mbarrier.wait(q_ready.index(i_team), 0)
@@ -218,7 +227,7 @@ def compute(
         o_last - n_first, unit, to_log2, SLOPES, DENSE, True,
     )  # fmt: skip
     b_max = gl.convert_layout(b_max, ROWS, assert_trivial=True)
-    b_sum = in_parts(b_tail, SUMS)
+    b_sum = sums(b_tail, SUMS, IN_PARTS)
     b_pairs = pack(widened(b_tail, BLOCK_N, SCORES), DTYPE)
 
     slot = 0
@@ -247,7 +256,8 @@ def compute(
                 b_s, b_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
                 o_last - n_first, unit, to_log2, SLOPES, DENSE, part == 0,
             )  # fmt: skip
-            b_sum = b_sum * gl.expand_dims(gl.convert_layout(b_rescale, gl.SliceLayout(1, SUMS), assert_trivial=True), 1) + in_parts(b_p, SUMS)
+            b_less = gl.convert_layout(b_rescale, gl.SliceLayout(1, SUMS), assert_trivial=True)
+            b_sum = b_sum * (gl.expand_dims(b_less, 1) if IN_PARTS else b_less) + sums(b_p, SUMS, IN_PARTS)
             b_out = warpgroup_mma_wait(0, [b_sums])
             mbarrier.arrive(v_free.index(slot), count=1)
             b_pairs = pack(b_p, DTYPE)
@@ -258,7 +268,9 @@ def compute(
     b_v = matrix(rooms[2], room_of(slot, i_team, TEAMS, DENSE))
     b_out = warpgroup_mma(unpack(b_pairs, DTYPE, WEIGHTS), b_v, b_out)
 
-    b_sum = gl.convert_layout(gl.sum(b_sum, 1), ROWS, assert_trivial=True)
+    if IN_PARTS:
+        b_sum = gl.sum(b_sum, 1)
+    b_sum = gl.convert_layout(b_sum, ROWS, assert_trivial=True)
     b_lse = gl.where(b_sum == 0.0, float("-inf"), b_max * unit + gl.log(b_sum))
     if SLOPES:
         b_lse -= slope * unit * o_row.to(gl.float32)

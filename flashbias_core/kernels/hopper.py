@@ -157,8 +157,10 @@ def softmax(
 def sums(b_p, LAYOUT: gl.constexpr, IN_PARTS: gl.constexpr):
     """Sums of rows, or their parts."""
     if IN_PARTS:
-        return in_parts(b_p, LAYOUT)
-    return gl.convert_layout(gl.sum(b_p, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+        b_sum = in_parts(b_p, LAYOUT)
+    else:
+        b_sum = gl.convert_layout(gl.sum(b_p, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    return b_sum
 
 
 @gluon.jit

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flashbias.integrations.protenix import transition
 
 from .conftest import DEVICE, give_structure

@@ -97,9 +97,8 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     found = select(f"{kind} teams", (9, 0), 2, constants)
     own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
     programs = team_programs(found, own, query.shape, constants)
-    # With gradients the host has a millisecond to do; those of a dense bias gain more.
-    backward = 0.5 if constants["DENSE"] else 8
-    least = TEAM_WORK * (1 if kind == "forward" else backward)
+    # With gradients the host has a millisecond to do; calls with a dense bias gain more.
+    least = TEAM_WORK * (0.5 if constants["DENSE"] else 1 if kind == "forward" else 8)
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
 

@@ -31,6 +31,7 @@ from .compiled import Known, kind, kinds
 from .geometry import Geometry, geometry
 from .layout import Axes, Layout
 from .replay import contiguous, done, with_tensor, without_tensor
+from .rows import are_abreast, in_rows
 from .terms import Block, Masks, Terms
 
 PER_HEAD = Axes(row=False, column=False)
@@ -266,13 +267,13 @@ def _aligned(values: Tensor) -> Tensor:
     if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
         _load_copy(values.device, values.dtype)
         return values
-    return done(_padded, values, step)
+    width = plan.cdiv(values.shape[-1], step) * step
+    return in_rows(values, width) if are_abreast(values) else done(_padded, values, width)
 
 
-def _padded(values: Tensor, step: int) -> Tensor:
-    """A copy whose rows start at multiples of `step` entries."""
-    n_k = values.shape[-1]
-    return values.new_empty((*values.shape[:-1], -(-n_k // step) * step))[..., :n_k].copy_(values)
+def _padded(values: Tensor, width: int) -> Tensor:
+    """A copy whose rows are `width` entries apart."""
+    return values.new_empty((*values.shape[:-1], width))[..., : values.shape[-1]].copy_(values)
 
 
 @cache

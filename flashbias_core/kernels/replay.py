@@ -154,12 +154,12 @@ class Pass:
     """How to make a pass again, from a list of objects that grows: inputs, rooms, and what its steps make.
 
     rooms: shapes, strides, dtypes, and whether they are filled with zeros. steps: what is done with the objects, and
-    whether what comes of it is one of them. results: which objects, with shape and strides.
+    whether what comes of it is one of them. results: which objects, with shape and strides where these may be others.
     """
 
     rooms: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]]
     steps: list[tuple[Make, bool]]
-    results: list[tuple[int, torch.Size, tuple[int, ...]]]
+    results: list[tuple[int, tuple[torch.Size, tuple[int, ...]] | None]]
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
         first = inputs[0]
@@ -172,7 +172,7 @@ class Pass:
             made = step(objects)
             if is_kept:
                 objects.append(made)
-        return [_like(objects[number], shape, stride) for number, shape, stride in self.results]
+        return [objects[number] if lie is None else _like(objects[number], *lie) for number, lie in self.results]
 
 
 class Recorder:
@@ -194,11 +194,16 @@ class Recorder:
         try:
             for run, arguments, result in self.done:
                 writer.add(run, arguments, result)
-            found = [(writer.number(result), result.shape, result.stride()) for result in results]
+            found = [(writer.number(result), self._lie(result)) for result in results]
         except KeyError:
             return None
         rooms = [(tuple(room.shape), room.stride(), room.dtype, zeros) for room, zeros in self.rooms]
         return Pass(rooms, writer.steps, found)
+
+    def _lie(self, result: Tensor) -> tuple[torch.Size, tuple[int, ...]] | None:
+        """Shape and strides of a result; None for a room as it is."""
+        is_room = any(room is result for room, _ in self.rooms)
+        return None if is_room else (result.shape, result.stride())
 
 
 class _Writer:

@@ -23,7 +23,7 @@ def signature(parts: tuple[Any, ...], tensors: list[Tensor]) -> list[Hashable] |
     """
     found: list[Hashable] = []
     for part in parts:
-        kind = type(part)
+        kind: Any = type(part)
         if kind in _PLAIN:
             found.append(part)
         elif isinstance(part, Tensor):

@@ -30,6 +30,8 @@ def hasten_interpreter() -> None:
     """
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang"):
+        return  # a later one, which may work in another way
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     patch = interpreter._patch_lang

@@ -32,7 +32,8 @@ ATTENTIONS = ("flashbias", "sdpa without bias (wrong)", "stock")
 NO_CUDNN = "sdpa without bias or cuDNN (wrong)"
 CHECKED = 1024  # tokens at which outputs are compared with the stock model in fp32
 DECODED = 16
-REPEATS = 3
+REPEATS, MOST = 3, 20  # of what is timed, at least and, where it is short and no cache grows, at most
+ENOUGH = 300  # milliseconds
 
 
 def run(
@@ -183,9 +184,7 @@ def prefill(model: Any, attention: str, tokens: int, device: str) -> dict[str, A
     ids = _ids(model, tokens, device)
     with torch.no_grad(), as_asked(attention):
         memory = peak_memory(lambda: model.base_model(ids, use_cache=True), device)[1]
-        elapsed = statistics.median(
-            milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(REPEATS)
-        )
+        elapsed = typical(lambda: model.base_model(ids, use_cache=True), device)
     return {"milliseconds": round(elapsed, 3), "peak_mib": round(memory / 2**20)}
 
 
@@ -206,6 +205,12 @@ def decoding(model: Any, attention: str, tokens: int, device: str) -> dict[str, 
             step()
             elapsed = statistics.median(milliseconds(step, device) for _ in range(REPEATS))
     return {"milliseconds": round(elapsed / DECODED, 3), "tokens_per_second": round(DECODED * 1e3 / elapsed, 2)}
+
+
+def typical(step: Callable[[], Any], device: str) -> float:
+    """Median milliseconds of a step, after a first one."""
+    repeats = int(ENOUGH / max(milliseconds(step, device), 1e-3))
+    return statistics.median(milliseconds(step, device) for _ in range(min(max(repeats, REPEATS), MOST)))
 
 
 def _ids(model: Any, tokens: int, device: str) -> Any:

@@ -96,12 +96,12 @@ def block(built: Any, tokens: int, device: str, names: Sequence[str]) -> list[di
 
         return call
 
-    with computed_by(Variant("torch", "fp32", tf32=False), built):
+    with computed_by(Variant("torch", "fp32", tf32=False), built, device):
         oracle = step(half=False)()
     rows = []
     for kernel in (*names, NO_BIAS, OURS):
         try:
-            with computed_by(Variant(kernel), built):
+            with computed_by(Variant(kernel), built, device):
                 work = step()
                 work()
                 made, memory = peak_memory(work, device)

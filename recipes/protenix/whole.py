@@ -89,7 +89,7 @@ def run(host: Host, features: dict[str, Any], variant: Variant, size: Size, devi
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        with computed_by(variant, host), _timed(model, device) as seconds, torch.no_grad(), half:
+        with computed_by(variant, host, device), _timed(model, device) as seconds, torch.no_grad(), half:
             started = time.perf_counter()
             made = model(
                 input_feature_dict=features,
@@ -133,7 +133,7 @@ def differences(ours: Outcome, theirs: Outcome) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def computed_by(variant: Variant, host: Host) -> Iterator[None]:
+def computed_by(variant: Variant, host: Host, device: str) -> Iterator[None]:
     """Inside, the model computes as the variant says; afterwards, as before."""
     import torch
 
@@ -142,7 +142,7 @@ def computed_by(variant: Variant, host: Host) -> Iterator[None]:
     configs, matmul, cudnn = host.configs, torch.backends.cuda.matmul, torch.backends.cudnn
     patched = variant.kernel in (OURS, NO_BIAS)
     # Without tf32 too, cuEquivariance multiplies triangles less exactly than torch, with which that run is compared.
-    default = patched and variant.tf32 and not absent("cuequivariance", "cuda")
+    default = patched and variant.tf32 and not absent("cuequivariance", device)
     stock = "cuequivariance" if default else "torch"
     name = stock if patched else variant.kernel
     before = ours.is_applied(), matmul.allow_tf32, cudnn.allow_tf32, configs.infer_setting.chunk_size_thresholds

@@ -40,7 +40,7 @@ def test_default_names_of_kernels_need_no_package(built, monkeypatch):  # noqa: 
     theirs = whole.run(built, target, whole.Variant("torch", "fp32"), size, "cpu")
     ours.apply()
     built.configs.triangle_attention = built.configs.triangle_multiplicative = "cuequivariance"
-    monkeypatch.setattr(whole, "computed_by", lambda variant, host: contextlib.nullcontext())
+    monkeypatch.setattr(whole, "computed_by", lambda variant, host, device: contextlib.nullcontext())
     result = whole.run(built, target, whole.Variant(whole.OURS, "fp32"), size, "cpu")
     assert whole.differences(result, theirs)["rmsd_max"] < 1e-5 * float(theirs.coordinates.abs().max())
 

@@ -99,11 +99,17 @@ def test_table_has_a_row_for_every_kernel(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tf32", "installed", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
+    ("tf32", "installed", "device", "expected"),
+    [
+        (True, True, "cuda", True),
+        (True, False, "cuda", False),
+        (False, True, "cuda", False),
+        (True, True, "cpu", False),
+    ],
 )
-def test_the_default_multiplication_stays_where_it_is_installed(built, monkeypatch, tf32, installed, expected):
+def test_the_default_multiplication_stays_where_it_can_run(built, monkeypatch, tf32, installed, device, expected):
     monkeypatch.setattr(whole.importlib.util, "find_spec", lambda name: installed or None)
-    with whole.computed_by(whole.Variant(whole.OURS, tf32=tf32), built):
+    with whole.computed_by(whole.Variant(whole.OURS, tf32=tf32), built, device):
         assert built.configs.triangle_multiplicative == ("cuequivariance" if expected else "torch")
     assert built.configs.triangle_multiplicative == "torch"
 

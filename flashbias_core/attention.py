@@ -48,9 +48,9 @@ def biased_attention(
         return_lse: return the logarithm of the softmax's denominator too.
 
     Returns:
-        `(*batch, H, Nq, Cv)` in the dtype of query; with `return_lse` also the natural logarithm of
-        `sum_j exp(S_ij)`, `(*batch, H, Nq)` fp32. Both are differentiable. A row without any key that it may attend
-        to gives 0, an LSE of -inf and zero gradients.
+        `(*batch, H, Nq, Cv)` in the dtype of query, with rows or heads side by side in memory as query has them; with
+        `return_lse` also the natural logarithm of `sum_j exp(S_ij)`, `(*batch, H, Nq)` fp32. Both are differentiable.
+        A row without any key that it may attend to gives 0, an LSE of -inf and zero gradients.
 
     Raises:
         ShapeError, DtypeError, DeviceError, UnsupportedError: all of them `FlashBiasError`.

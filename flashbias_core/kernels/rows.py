@@ -1,6 +1,6 @@
 """A dense bias laid out row by row, where its heads lie side by side, as a projection of pairs leaves them.
 
-torch copies such a tensor at a fifth of the speed of memory: what one thread writes and what it reads are far apart.
+What torch's copy of such a tensor reads and what it writes cannot both lie side by side for neighbouring threads.
 """
 
 from __future__ import annotations

@@ -316,10 +316,13 @@ def test_blocks_compiled_one_by_one_have_their_own_bias(swin_v2, small_model, im
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("abreast", [False, True], ids=["contiguous", "abreast"])
 @pytest.mark.parametrize("shifted", [False, True], ids=["whole", "shifted"])
-def test_operator_of_compiled_graphs(swin_v2, small_model, shifted):
+def test_operator_of_compiled_graphs(swin_v2, small_model, shifted, abreast):
     block = small_model().layers[0].blocks[shifted]
     query, key, value = torch.randn(3, 32, 2, 16, 8, device=DEVICE)
+    if abreast:  # heads of a row side by side, as a projection leaves them
+        query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
     arguments = (query, key, value, block.attn_mask, [t.detach() for t in swin_v2._made_from(block.attn)])
     torch.library.opcheck(torch.ops.flashbias.swin_v2_attention.default, arguments)
 

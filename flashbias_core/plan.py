@@ -125,15 +125,6 @@ def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapp
     return cdiv(n_tiles, found.teams) * heads * batch
 
 
-def tail(found: Tiles, n_k: int, constants: Mapping[str, Any]) -> int:
-    """How many keys of the last tile teams that keep queries compute with: a power of two from 8 on, or all.
-
-    All without a dense bias: each number is another kernel to compile, and rows without one are long.
-    """
-    last = n_k % found.block_n
-    return max(8, 1 << (last - 1).bit_length()) if last and constants["DENSE"] else found.block_n
-
-
 def values_programs(found: Tiles, n_q: int, n_k: int) -> int:
     """Programs for one plane of a dense bias' gradient, of one team each."""
     return cdiv(n_q, found.block_m) * cdiv(n_k, found.block_n)

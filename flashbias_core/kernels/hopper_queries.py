@@ -21,6 +21,7 @@ from .backward import Forward
 from .call import Call
 from .hopper_backward import load, start_products
 from .teams import (
+    FEW,
     LOADER,
     LOG2_E,
     PITCH,
@@ -110,11 +111,48 @@ def statistics_of(
 
 
 @gluon.jit
+def last_tile(
+    own_rooms, rooms, b_level, b_delta, slope, b_first, n_first, o_last, to_log2,
+    KEYS: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, SLOPES: gl.constexpr, CHUNKS: gl.constexpr,
+    SPLIT: gl.constexpr, MEANS: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """dS, what halves cannot hold of it, and P of the last tile, packed, and parts of sums, all as of a whole tile.
+
+    The last tile comes first, with so many keys: behind them are none.
+    """
+    LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAST)
+    DTYPE: gl.constexpr = own_rooms[0].dtype
+    BLOCK_M: gl.constexpr = own_rooms[0].shape[4]
+    b_none = gl.zeros([BLOCK_M, KEYS], gl.float32, LAST)
+    b_s, b_dp = start_products(own_rooms, rooms, 0, b_none, CHUNKS)
+    b_bias = matrix(rooms[2], 0).slice(0, KEYS, 1).load(LAST) if DENSE else 0
+    b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
+    b_level = gl.convert_layout(b_level, ROWS, assert_trivial=True)
+    b_delta = gl.convert_layout(b_delta, ROWS, assert_trivial=True)
+    b_first = gl.convert_layout(b_first, ROWS, assert_trivial=True)
+    b_steps = steps(KEYS, LAST, SLOPES)
+    b_p = probabilities(
+        b_s, b_bias, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, DENSE, True
+    )
+    b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
+    b_zero = gl.zeros([BLOCK_M, 8], gl.float32, SUMS)
+    b_excess, b_d_slopes, b_mean_distance = add_rows(
+        b_zero, b_zero, b_zero, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES, SUMS
+    )
+    b_p, b_dp = widened(b_p, rooms[0].shape[4], SCORES), widened(b_dp, rooms[0].shape[4], SCORES)
+    b_ds = pack(b_dp, DTYPE)
+    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
+    b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
+    return b_ds, b_low, b_pairs, b_excess, b_d_slopes, b_mean_distance
+
+
+@gluon.jit
 def compute(
     own_rooms, rooms, ready, free, place, forward, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
-    D_LSE: gl.constexpr, ABREAST: gl.constexpr, DENSE: gl.constexpr, TAIL: gl.constexpr,
+    D_LSE: gl.constexpr, ABREAST: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """The team: the statistics and gradients of its tile of queries."""
     own_ready, k_ready = ready
@@ -136,9 +174,7 @@ def compute(
     # 16 columns stand for none.
     COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, max(GRADIENT_RANK, 16), 16])
     LEFT_C: gl.constexpr = gl.DotOperandLayout(0, COLUMNS, 2)
-    LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TAIL, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    LAST_ROWS: gl.constexpr = gl.SliceLayout(1, LAST)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
 
     i_row = i_bh * n_q + m_first
@@ -162,36 +198,25 @@ def compute(
     if SLOPES:
         slope = gl.load(p_slope) * LOG2_E
     b_steps = steps(BLOCK_N, SCORES, SLOPES)
-    b_tail_steps = steps(TAIL, LAST, SLOPES)
     to_log2 = unit * LOG2_E
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_d_query = gl.zeros([BLOCK_M, WIDTH], gl.float32, QUERIES)
     b_d_columns = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
     b_means = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
-    b_excess = gl.zeros([BLOCK_M, 8], gl.float32, SUMS)
-    b_d_slopes = b_excess
-    b_mean_distance = b_excess
 
-    # The last tile comes first, with TAIL of its keys, as in `hopper.compute`.
     n_first = (n_tiles - 1) * BLOCK_N
+    b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
     mbarrier.wait(k_ready.index(0), 0)
-    b_tail, b_tail_dp = start_products(own_rooms, rooms, 0, gl.zeros([BLOCK_M, TAIL], gl.float32, LAST), CHUNKS)
-    b_tail_bias = matrix(rooms[2], 0).slice(0, TAIL, 1).load(LAST) if DENSE else 0
-    b_tail, b_tail_dp = warpgroup_mma_wait(0, [b_tail, b_tail_dp])
-    b_ahead = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
-    b_ahead = gl.convert_layout(b_ahead, LAST_ROWS, assert_trivial=True)
-    b_tail = probabilities(
-        b_tail, b_tail_bias, gl.convert_layout(b_level, LAST_ROWS, assert_trivial=True), slope, slope * b_ahead,
-        b_tail_steps, n_first, o_last, to_log2, SLOPES, DENSE, True,
-    )  # fmt: skip
-    b_tail_dp = b_tail * (b_tail_dp - gl.expand_dims(gl.convert_layout(b_delta, LAST_ROWS, assert_trivial=True), 1))
-    b_excess, b_d_slopes, b_mean_distance = add_rows(
-        b_excess, b_d_slopes, b_mean_distance, b_tail, b_tail_dp, b_tail_steps, b_ahead, EXCESS, D_SLOPES, SUMS
-    )
-    b_p, b_dp = widened(b_tail, BLOCK_N, SCORES), widened(b_tail_dp, BLOCK_N, SCORES)
-    b_ds = pack(b_dp, DTYPE)
-    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
-    b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
+    if DENSE and n_k - n_first <= FEW:  # as in `hopper.compute`
+        b_ds, b_low, b_pairs, b_excess, b_d_slopes, b_mean_distance = last_tile(
+            own_rooms, rooms, b_level, b_delta, slope, b_first, n_first, o_last, to_log2,
+            FEW, SCORES, SUMS, SLOPES, CHUNKS, SPLIT, MEANS, EXCESS, D_SLOPES, DENSE,
+        )  # fmt: skip
+    else:
+        b_ds, b_low, b_pairs, b_excess, b_d_slopes, b_mean_distance = last_tile(
+            own_rooms, rooms, b_level, b_delta, slope, b_first, n_first, o_last, to_log2,
+            BLOCK_N, SCORES, SUMS, SLOPES, CHUNKS, SPLIT, MEANS, EXCESS, D_SLOPES, DENSE,
+        )  # fmt: skip
 
     slot = 0
     phase = 0
@@ -283,11 +308,10 @@ def queries_teams_kernel(
     GRADIENT_RANK: gl.constexpr, SPLIT: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr,
     D_LSE: gl.constexpr, ABREAST: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
-    TAIL: gl.constexpr,
 ):  # fmt: skip
     """Statistics of queries, which the other kernels read, and gradients of queries, their factor columns and slopes.
 
-    What is read in tiles of features or columns, but for the output, are tensor descriptors. TAIL: as forward.
+    What is read in tiles of features or columns, but for the output, are tensor descriptors.
     """
     gl.static_assert(TEAMS == 1 and PITCH % BLOCK_M == 0)
     CHUNKS: gl.constexpr = RANK // CHUNK
@@ -322,7 +346,7 @@ def queries_teams_kernel(
     SLOPES: gl.constexpr = slopes is not None
     gl.warp_specialize([
         (compute, (own_rooms, rooms, ready, free, what, forward, made, rows, sizes, C, C_V, SLOPES, CAUSAL, CHUNKS,
-                   GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, ABREAST, DENSE, TAIL)),
+                   GRADIENT_RANK, SPLIT, EXCESS, D_SLOPES, D_LSE, ABREAST, DENSE)),
         (load, (own, passing, own_rooms, rooms, ready, free, where, RANK, CHUNK, GRADIENT_RANK, DENSE, True)),
     ], [1], [LOADER])  # fmt: skip
 
@@ -350,6 +374,6 @@ def backward(
     launch(
         queries_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles) | read, made,
         GRADIENT_RANK=rank, SPLIT=split, EXCESS=excess, D_SLOPES=d_slopes is not None, D_LSE=forward.d_lse is not None,
-        ABREAST=forward.abreast, TAIL=plan.tail(tiles, call.frame.sizes["n_k"], call.frame.traits),
+        ABREAST=forward.abreast,
     )  # fmt: skip
     return True

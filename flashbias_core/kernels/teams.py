@@ -25,6 +25,7 @@ WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
 LOADER = gl.constexpr(LOADER_REGISTERS)
 PITCH = gl.constexpr(backward.PITCH.value)
+FEW = gl.constexpr(8)  # keys of a last tile that are computed with alone: the fewest columns of a product
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import torch
+
+from flashbias import plan
 
 
 def choose(device: str) -> None:
@@ -13,12 +16,20 @@ def choose(device: str) -> None:
         torch.cuda.set_device(torch.device(device).index or 0)
 
 
-def start_triton(device: str) -> None:
-    """Have triton build what it needs once on a machine, whatever it compiles later."""
+def start(device: str) -> None:
+    """Do what a process has to do once, whatever it calls: triton builds its helpers, and modules are imported.
+
+    torch imports more than a second's worth where gradients of a call are first asked for.
+    """
     if device.startswith("cuda"):
         import triton
 
         triton.runtime.driver.active.get_current_device()
+        importlib.import_module("flashbias.kernels.launch")
+        if plan.has_teams(torch.device(device)):
+            importlib.import_module("flashbias.kernels.hopper")
+    one = torch.ones(1, device=device, requires_grad=True)
+    torch.autograd.grad(one + one, one, torch.ones_like(one))
 
 
 def synchronize(device: str) -> None:

@@ -102,11 +102,11 @@ def measure(settings: Settings, group: Group, say: Say) -> list[Row]:
 def first_call(settings: Settings, task: tuple[Workload, str, str], say: Say) -> dict[str, float]:
     """Seconds of the very first call of a peer on a workload; of ours, milliseconds that a new length takes after it.
 
-    In a process with empty caches, in which triton's own helpers have been built. The milliseconds are those of the
-    longer one of two first calls, at an odd length and at one less by 64, on the host.
+    In a process with empty caches, which has done what it does once. The milliseconds are those of the longer one of
+    two first calls, at an odd length and at one less by 64, on the host.
     """
     _begin(settings)
-    gpu.start_triton(settings.device)
+    gpu.start(settings.device)
     workload, mode, name = task
     peer, gradients = registry(settings.repo)[name], mode == "fwdbwd"
     step = _step(peer, Problem.make(workload, settings.device, settings.seed), gradients)[1]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import plan
+from .direct import has_gradient, is_unheard
 from .errors import UnsupportedError
 from .operands import Operands
 from .output import new_output
@@ -47,9 +48,6 @@ def _module(backend: str) -> ModuleType:
     return cpu
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
-
 def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """`make()`, output and LSE of a call of these parts, of which the first is query; shorter for one like another.
 
@@ -65,8 +63,8 @@ def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...
         known is None
         or device.type not in ("cpu", "cuda")
         or torch.is_autocast_enabled(device.type)
-        or not _is_unheard(tensors)
-        or _has_gradient(tensors)
+        or not is_unheard(tensors)
+        or has_gradient(tensors)
     ):
         return make()
     return _backend(parts[0]).again(known, tensors, make)
@@ -74,30 +72,9 @@ def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...
 
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`attention`, but past torch's dispatcher where nobody listens there: it takes the host part of every call."""
-    if not _is_unheard(inputs[:_TENSORS]):
+    if not is_unheard(inputs[:_TENSORS]):
         return attention(*inputs)
-    return _Attention.apply(*inputs) if _has_gradient(inputs[:_TENSORS]) else _attention(*inputs)
-
-
-def _is_unheard(tensors: Sequence[Any]) -> bool:
-    """Whether torch's dispatcher would do nothing but call what is below it; the first of `tensors` is one.
-
-    Compilers, tracers, transforms, modes, profilers, subclasses of tensors and tensors without data listen.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    listeners = (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
-    return not listeners and _PLAIN.issuperset(map(type, tensors)) and not tensors[0].is_meta
-
-
-def _has_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return _Attention.apply(*inputs) if has_gradient(inputs[:_TENSORS]) else _attention(*inputs)
 
 
 # `torch.library.custom_op` would say the same, but checks its outputs in every call: up to 0.3 ms on the host.
@@ -176,7 +153,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = (_attention if _is_unheard(inputs[:_TENSORS]) else _below_autograd)(*inputs)
+        out, lse = (_attention if is_unheard(inputs[:_TENSORS]) else _below_autograd)(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *inputs[:_TENSORS])
         ctx.others = inputs[_TENSORS:]
@@ -191,7 +168,7 @@ class _Attention(torch.autograd.Function):
             grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)
         wanted = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
         # A graph of the gradients is refused by the operator.
-        direct = not torch.is_grad_enabled() and _is_unheard((grad_out, grad_lse, *tensors))
+        direct = not torch.is_grad_enabled() and is_unheard((grad_out, grad_lse, *tensors))
         run = _gradients if direct else attention_backward
         gradients = run(grad_out, grad_lse, out, lse, wanted, *tensors, *ctx.others)
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
@@ -209,7 +186,7 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
 # as long on the host as everything else together.
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _Attention.apply(*inputs) if _has_gradient(inputs[:_TENSORS]) else _below_autograd(*inputs)
+    return _Attention.apply(*inputs) if has_gradient(inputs[:_TENSORS]) else _below_autograd(*inputs)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .biases import ALiBi, DenseBias, FactoredBias, RelativePositionBias
+from .biases import ALiBi, DenseBias, FactoredBias, RelativePositionBias, SpatialDistance
 from .biases.base import Sum
 from .masks import Allowed, Both, Causal, KeyPadding, Segments
 
 _PLAIN = {type(None), bool, int, float}
 # Others may look at more than their attributes, or compute what kernels read.
-_KINDS = {ALiBi, DenseBias, FactoredBias, RelativePositionBias, Sum, Allowed, Both, Causal, KeyPadding, Segments}
+_KINDS = {
+    ALiBi, DenseBias, FactoredBias, RelativePositionBias, SpatialDistance, Sum,
+    Allowed, Both, Causal, KeyPadding, Segments,
+}  # fmt: skip
 
 
 def signature(parts: tuple[Any, ...], tensors: list[Tensor]) -> list[Hashable] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashbias import ALiBi, Causal, DenseBias, FactoredBias, KeyPadding, RelativePositionBias
+from flashbias import ALiBi, Causal, DenseBias, FactoredBias, KeyPadding, RelativePositionBias, SpatialDistance
 
 N, HEADS, C = 20, 2, 16
 
@@ -26,6 +26,10 @@ def _transposed(x: Tensor) -> Tensor:
 def _askew(x: Tensor) -> Tensor:
     """At an address that is no multiple of 16 bytes."""
     return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+def _distances(t: dict[str, Tensor], x_q: Tensor, x_k: Tensor) -> dict[str, Any]:
+    return {"bias": SpatialDistance(x_q, x_k, t["slopes"][:, None])}
 
 
 # Calls of the same shapes that differ in one thing each.
@@ -54,6 +58,9 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "rows apart": lambda t: {"bias": DenseBias(t["values"].repeat_interleave(2, -2)[:, ::2])},
     "heads swapped": lambda t: {"bias": DenseBias(torch.stack([t["values"]] * 2, 1).transpose(0, 1))},
     "factors": lambda t: {"bias": FactoredBias(t["query"][0], t["key"][0])},
+    "distances": lambda t: _distances(t, t["query"][:, 0, :, :3], t["key"][:, 0, :, :3]),
+    "distances of points to themselves": lambda t: _distances(t, *[t["query"][:, 0, :, :3]] * 2),
+    "distances in double": lambda t: _distances(t, *[t["query"][:, 0, :, :3].double()] * 2),
     "narrow factors": lambda t: {"bias": FactoredBias(t["query"][0, ..., :5], t["key"][0, ..., :5])},
 }
 

@@ -10,7 +10,8 @@ the row sums of dS to the coordinates' gradient, whose rounding errors would oth
 the exact gradient has |r_i - r_j|.
 
 Each operation of torch costs an eager call a launch: there are few, and points that attend to themselves, the usual
-case, are looked at once.
+case, are looked at once. Without gradients of points and weights, and where every position counts, two kernels make
+the factors (`kernels/points.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from flashbias import plan
 from flashbias.checks import check_broadcast, check_device, check_floating, check_last
+from flashbias.direct import has_gradient, is_unheard
 from flashbias.errors import ShapeError
 from flashbias.terms import Problem, Rank, Term
 
 from .base import Bias
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that kernels read
 
 
 class SpatialDistance(Bias):
@@ -65,6 +71,10 @@ class SpatialDistance(Bias):
             check_broadcast(name, points, (*problem.batch, n, d), f"(*batch, {meaning}, d)")
         check_device("weight", self.weight, problem.device)
         check_broadcast("weight", self.weight, (*problem.batch, problem.heads, problem.n_q), "(*batch, H, Nq)")
+        if self._is_for_kernels(problem):
+            from flashbias.kernels.points import distance_factors  # not everywhere is there a triton
+
+            return [Rank(*distance_factors(self.x_q, self.x_k, self.weight))]
         centre = _centre(self.x_q, self.x_k, problem)
         queries = keys = _relative(self.x_q, centre, problem.q_counts)
         if self.x_k is not self.x_q or problem.k_counts is not problem.q_counts:
@@ -74,6 +84,19 @@ class SpatialDistance(Bias):
         q_factor = -weight * torch.cat((queries.points, queries.ones, queries.squares), -1)
         k_factor = torch.cat((-2 * keys.points, keys.squares, keys.ones), -1)
         return [Rank(q_factor, k_factor)]
+
+    def _is_for_kernels(self, problem: Problem) -> bool:
+        """Whether kernels make the factors, which torch is not told of."""
+        tensors = self.x_q, self.x_k, self.weight
+        return (
+            is_unheard(tensors)
+            and not has_gradient(tensors)
+            and forward_ad._current_level < 0
+            and all(tensor.dtype in _DTYPES and tensor.numel() > 0 for tensor in tensors)
+            and plan.backend(problem.device) == "triton"
+            and problem.q_counts is None
+            and problem.k_counts is None
+        )
 
 
 class _Relative(NamedTuple):

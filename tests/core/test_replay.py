@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from calls import CALLS, run, tensors
+from calls import CALLS, HEADS, N, run, tensors
 from cases import Case, build
 from torch import Tensor
 
-from flashbias import ALiBi, DenseBias, biased_attention
+from flashbias import ALiBi, DenseBias, KeyPadding, SpatialDistance, biased_attention, reference
 from flashbias.errors import DeviceError, ShapeError
 from flashbias.kernels import call, replay
 from flashbias.kernels.terms import Block
@@ -122,6 +122,54 @@ def test_calls_without_gradients_are_passes_as_a_whole(device: str) -> None:
     for name, out in again.items():
         call.forget()
         assert torch.equal(out, outputs(second, name)), name
+
+
+@torch.no_grad()
+def test_points_and_weights_are_those_of_each_call(device: str) -> None:
+    """One tensor on both sides or two, at one place in memory or at two, and what they hold may change."""
+    t = tensors(device)
+    given = [t[name] for name in ("query", "key", "value")]
+
+    def check(x_q: Tensor, x_k: Tensor, weight: Tensor, number: int) -> None:
+        bias = SpatialDistance(x_q, x_k, weight)
+        out, truth = biased_attention(*given, bias), reference(*given, bias)[0]
+        torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-4)
+        assert passes() == [True] * number
+
+    x, y = torch.randn(2, 2, N, 3, device=device).unbind()
+    weight = torch.rand(2, HEADS, N, device=device)
+    check(x, x, weight, 1)
+    check(x, x.view_as(x), weight, 1)
+    check(y.view_as(y), y, weight + 1, 1)
+    x.add_(2 * torch.randn_like(x))
+    weight.mul_(-0.1)
+    check(x, x, weight, 1)
+    check(x, y, weight, 2)
+    check(y, x, weight, 2)
+    check(y, y, weight, 2)
+    replay.forget()
+    check(x, x.view_as(x), weight, 1)  # two objects at one place are the first of their kind
+    check(y, y, weight, 1)
+    check(x, x[:1].expand_as(x), weight, 2)  # they begin at one place, but do not lie alike
+    check(x[:1].expand_as(x), x, weight, 3)
+    weight = weight.as_strided((2, HEADS, N), (0, 0, 1))
+    check(x, x, weight, 4)
+
+
+@torch.no_grad()
+def test_distances_of_some_positions_are_made_by_torch_in_every_call(device: str) -> None:
+    for _ in range(2):
+        t = tensors(device)
+        given = [t[name] for name in ("query", "key", "value")]
+        x = torch.randn(2, N, 3, device=device)
+        options = {
+            "bias": SpatialDistance(x, x, t["slopes"][:, None]),
+            "mask": KeyPadding(torch.tensor([N, 7]).to(device)),
+        }
+        for _ in range(2):
+            out = biased_attention(*given, **options)
+            torch.testing.assert_close(out.double(), reference(*given, **options)[0], rtol=1e-4, atol=1e-4)
+    assert passes()[0] is False
 
 
 @torch.no_grad()

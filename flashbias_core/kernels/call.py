@@ -254,20 +254,28 @@ def _positions(positions: Tensor | None) -> Tensor | None:
     return done(Tensor.float if positions.is_floating_point() else Tensor.int, positions)
 
 
+def row_step(n_q: int, itemsize: int) -> int:
+    """Rows of a dense bias start at multiples of so many entries: of 16 bytes.
+
+    A single row, at multiples of 16 entries: triton compiles strides that are no such multiples anew.
+    """
+    return 16 if n_q == 1 else 16 // itemsize
+
+
 def _aligned(values: Tensor) -> Tensor:
     """Values whose rows start at multiples of 16 bytes, copied where they do not: other loads are 5 times slower.
 
-    A single row, at multiples of 16 entries: triton compiles strides that are no such multiples anew. What was expanded
-    in batch or heads is taken back to size 1.
+    What was expanded in batch or heads is taken back to size 1.
     """
     for dim in range(values.dim() - 2):
         if values.stride(dim) == 0:
             values = values.narrow(dim, 0, 1)
-    step = 16 if values.shape[-2] == 1 else 16 // values.element_size()
+    n_q, n_k = values.shape[-2:]
+    step = row_step(n_q, values.element_size())
     if values.data_ptr() % 16 == 0 and _in_steps(values.shape, values.stride(), step):
         _load_copy(values.device, values.dtype)
         return values
-    width = plan.cdiv(values.shape[-1], step) * step
+    width = plan.cdiv(n_k, step) * step
     return in_rows(values, width) if are_abreast(values) else done(_padded, values, width)
 
 

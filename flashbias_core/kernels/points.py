@@ -17,7 +17,7 @@ from flashbias import plan
 from .known import launch_known
 from .replay import done, repeated, room
 
-ENTRIES = 4096  # of a tile
+ENTRIES = 2048  # of a tile
 SHARES = 32  # of the points of a side, at most, among programs that look for the box
 STRIDES = [
     "q_batch", "q_row", "q_column", "k_batch", "k_row", "k_column", "w_batch", "w_head", "w_row", "b_batch",

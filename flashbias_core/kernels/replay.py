@@ -94,7 +94,7 @@ def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *
 
 
 def as_room(tensor: Tensor, *, zeros: bool = False) -> Tensor:
-    """New memory, of any strides without gaps, as a `room`."""
+    """New memory, of any strides, as a `room`."""
     recorder = _recorder()
     if recorder is not None:
         recorder.rooms.append((tensor, zeros))
@@ -253,8 +253,8 @@ class _Writer:
     def _exactly(self, value: Any) -> int | None:
         """As `_object`, but for an operation of torch, which looks at more of a tensor than its address."""
         if isinstance(value, Tensor) and id(value) not in self._known:
-            number, shape, stride, dtype = self.number(value), value.shape, value.stride(), value.dtype
-            self._keep(lambda objects: _like(objects[number].view(dtype), shape, stride), value)
+            find, shape, stride = self._find(value), value.shape, value.stride()
+            self._keep(lambda objects: _like(find(objects), shape, stride), value)
         return self._object(value)
 
     def _object(self, value: Any) -> int | None:
@@ -273,8 +273,7 @@ class _Writer:
         if type(value) in PLAIN:
             return None
         if isinstance(value, Tensor):
-            number, dtype = self.number(value), value.dtype
-            return itemgetter(number) if self._has_dtype(value) else lambda objects: objects[number].view(dtype)
+            return self._find(value)
         if isinstance(value, tuple):
             kind, makes = type(value), list(map(self._make, value))
             if not any(makes):
@@ -290,6 +289,11 @@ class _Writer:
         if isinstance(value, (list, dict)):
             raise TypeError(f"a {type(value).__name__} in a pass, where tensors would not be found")
         return None
+
+    def _find(self, value: Tensor) -> Make:
+        """How to find the object in a tensor's place, in its dtype."""
+        number, dtype = self.number(value), value.dtype
+        return itemgetter(number) if self._has_dtype(value) else lambda objects: objects[number].view(dtype)
 
     def _has_dtype(self, value: Tensor) -> bool:
         """Whether a tensor is read in the dtype of the object; booleans are read as bytes."""

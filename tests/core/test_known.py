@@ -1,4 +1,4 @@
-"""The kernels of halves, norms and gates as a GPU gets them: compiled for it, on a machine without one."""
+"""The kernels of halves, norms, gates and points as a GPU gets them: compiled for it, on a machine without one."""
 
 import json
 import os
@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashbias.kernels import gate, halves, known, norm, replay
+from flashbias.kernels import gate, halves, known, norm, points, replay
 
 HERE = Path(__file__).parent
 SCRIPT = """
 import json, sys
 import torch
 from crosscompile import Recorder
-from flashbias.kernels import gate, halves, norm
+from flashbias.kernels import gate, halves, norm, points
 
 reports = []
 
 def compiled(kernel, grid, device, arguments, **constants):
     Recorder(kernel, int(sys.argv[1]), reports)[grid](**arguments, **constants)
 
-gate.launch_known = halves.launch_known = norm.launch_known = compiled
+gate.launch_known = halves.launch_known = norm.launch_known = points.launch_known = compiled
 half, fp32 = torch.bfloat16, torch.float32
 
 def empty(*shape, dtype=fp32):
@@ -41,6 +41,11 @@ for dtype in (half, fp32):
     gates = empty(20, 30, 4, 4, 32, dtype=dtype).transpose(1, 3)[:, :, 3]
     gate.gated(gates, empty(20, 4, 30, 32, dtype=dtype), None)
 gate.gated(gates, empty(20, 4, 30, 32, dtype=torch.float16), empty(20, 4, 1, 1))
+for dtype in (half, fp32, torch.float64):
+    for d in (1, 3, 7, 40):
+        x = empty(2, 70, d, dtype=dtype)
+        points.distance_factors(x, x, empty(2, 4, 70))
+        points.distance_factors(x, empty(50, d, dtype=fp32), empty(2, 1, 1, dtype=dtype))
 print(json.dumps(reports))
 """
 
@@ -54,7 +59,8 @@ def test_every_kernel_compiles_without_spills(arch: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     reports = json.loads(done.stdout)
-    assert {report["kernel"] for report in reports} == {"most_kernel", "halves_kernel", "norm_kernel", "gate_kernel"}
+    kernels = {"most_kernel", "halves_kernel", "norm_kernel", "gate_kernel", "box_kernel", "factors_kernel"}
+    assert {report["kernel"] for report in reports} == kernels
     assert [report for report in reports if report["spills"]] == []
 
 
@@ -79,6 +85,8 @@ PASSES: dict[str, Callable[..., Sequence[Tensor]]] = {
     "norm without weights": lambda x, y, weight: [norm.layer_norm(x, None, None, 1e-5)],
     "gate": lambda x, y, weight: [gate.gated(x, y.transpose(0, 1), None)],
     "gate with a unit": lambda x, y, weight: [gate.gated(x, y.transpose(0, 1).half(), x[..., :1, :1].contiguous())],
+    "points": lambda x, y, weight: points.distance_factors(x[0].double(), y[:, 0, :40].mT, weight[None, :1]),
+    "points that broadcast": lambda x, y, weight: points.distance_factors(x[:, :1], y[0], weight[:1]),
     "halves": lambda x, y, weight: halves.as_halves(x, y.transpose(0, 1), 2 * x, 0.3, 2.0**15, 1e-30),
 }
 

@@ -23,8 +23,13 @@ def again(known: object, tensors: object, make: Callable[[], tuple[Tensor, Tenso
 
 # Inside autocast the products would be formed in half precision.
 @torch.autocast("cpu", enabled=False)
-def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
-    """Output `(*batch, H, Nq, Cv)` in the dtype of query, and LSE `(*batch, H, Nq)` in fp32."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, wanted: object = None
+) -> tuple[Tensor, Tensor]:
+    """Output `(*batch, H, Nq, Cv)` in the dtype of query, and LSE `(*batch, H, Nq)` in fp32.
+
+    Which gradients are `wanted` changes nothing here.
+    """
     out = new_output(query, value.shape[-1]).zero_()
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
     for part in parts(query, key, value, operands, scale, {"out": (out, 2), "lse": (lse, 1)}):

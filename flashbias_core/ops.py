@@ -94,10 +94,15 @@ attention_backward = torch.ops.flashbias.attention_backward.default
 
 
 @torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
-def _attention(query: Tensor, key: Tensor, value: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    """Output `(*batch, H, Nq, Cv)` in the dtype of query and LSE `(*batch, H, Nq)` fp32; `scale` is positive."""
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *operands: Any, wanted: Callable[[], set[str]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output `(*batch, H, Nq, Cv)` in the dtype of query and LSE `(*batch, H, Nq)` fp32; `scale` is positive.
+
+    `wanted()`, where gradients will be asked for, names those of `DIFFERENTIABLE` that have one.
+    """
     *fields, scale = operands
-    return _backend(query).forward(query, key, value, Operands(*fields), scale)
+    return _backend(query).forward(query, key, value, Operands(*fields), scale, wanted)
 
 
 @torch.library.register_fake("flashbias::attention", lib=_LIBRARY)
@@ -127,9 +132,13 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients of `DIFFERENTIABLE`, None where none is asked for."""
     query, key, value, *fields, scale = inputs
-    names = {name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want}
+    names = _names(wanted)
     made = _backend(query).backward(grad_out, grad_lse, out, lse, query, key, value, Operands(*fields), scale, names)
     return [_like(inputs[position], made[name]) if name in names else None for name, position in DIFFERENTIABLE.items()]
+
+
+def _names(wanted: list[bool]) -> set[str]:
+    return {name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want}
 
 
 def _like(tensor: Tensor, gradient: Tensor) -> Tensor:
@@ -153,7 +162,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = (_attention if is_unheard(inputs[:_TENSORS]) else _below_autograd)(*inputs)
+        if is_unheard(inputs[:_TENSORS]):
+            out, lse = _attention(*inputs, wanted=lambda: _names(_wanted(ctx)))
+        else:
+            out, lse = _below_autograd(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *inputs[:_TENSORS])
         ctx.others = inputs[_TENSORS:]
@@ -166,7 +178,7 @@ class _Attention(torch.autograd.Function):
         if grad_lse is not None:
             # Where nothing was attended to, what made something of the LSE may well have no derivative.
             grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse)
-        wanted = [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
+        wanted = _wanted(ctx)
         # A graph of the gradients is refused by the operator.
         direct = not torch.is_grad_enabled() and is_unheard((grad_out, grad_lse, *tensors))
         run = _gradients if direct else attention_backward
@@ -175,6 +187,10 @@ class _Attention(torch.autograd.Function):
         for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):
             results[position] = gradient if want else None
         return tuple(results)
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    return [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
 
 
 def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:

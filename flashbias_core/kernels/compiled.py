@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from . import replay
+from . import ahead, replay
 from .terms import Block
 
 # A kernel, the values of its arguments, and the places and names of those that are each launch's own.
@@ -31,6 +31,8 @@ def launch(
 
     `key` has to say in `known` all that the constants are, and all of the arguments that compiled code can depend on.
     """
+    if ahead.is_surveyed(kernel, grid, arguments, constants, known, key):
+        return
     programs = (*grid, 1)
     if key in known:
         compiled, constant, places = known[key]
@@ -38,6 +40,7 @@ def launch(
         values = _filled(constant, places, arguments)
         run(*values)
     else:
+        ahead.compile_missing()
         fixed = constants()
         compiled = kernel[grid](**arguments, **fixed)
         names = kernel.arg_names  # the sizes of tiles are arguments too

@@ -22,7 +22,7 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import as_room, contiguous, done, repeated, room
+from .replay import contiguous, done, repeated, room, room_by
 from .terms import Block
 
 DELTA_ROWS = 32
@@ -40,14 +40,23 @@ def again(
     return out, lse
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
-    """Output `(*batch, H, Nq, Cv)` and LSE `(*batch, H, Nq)`; arguments as `ops.attention` has them."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float,
+    wanted: Callable[[], set[str]] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output `(*batch, H, Nq, Cv)` and LSE `(*batch, H, Nq)`; arguments as `ops.attention` has them.
+
+    `wanted()` names the inputs whose gradients will be asked for, so that what makes them is compiled along with this.
+    """
     tensors, others = _parted(operands)
     out, lse = repeated(
         ("forward", scale, *others),
         (query, key, value, *tensors),
         lambda: _forward(query, key, value, operands, scale),
-    )
+        wanted and (lambda out, lse, names=wanted: _backward(
+            out.new_empty_strided(out.shape, out.stride()), None, out, lse, query, key, value, operands, scale, names()
+        )),
+    )  # fmt: skip
     return out, lse
 
 
@@ -83,7 +92,7 @@ def _parted(operands: Operands) -> tuple[list[Tensor | None], list[Any]]:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float) -> tuple[Tensor, Tensor]:
-    out = as_room(new_output(query, value.shape[-1]))
+    out = room_by(new_output, query, value.shape[-1])
     lse = room(query, query.shape[:-1], torch.float32)
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)

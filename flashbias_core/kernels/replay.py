@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,38 +29,45 @@ Make = Callable[[list[Any]], Any]
 Description = tuple[type, dict[str, Any]]
 
 
-def repeated(key: Hashable, inputs: Sequence[Tensor | None], make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+def repeated(
+    key: Hashable,
+    inputs: Sequence[Tensor | None],
+    make: Callable[[], Sequence[Tensor]],
+    after: Callable[..., Any] | None = None,
+) -> Sequence[Tensor]:
     """What `make()` gives, which makes it of `inputs` on the device of the first, which is not None.
 
-    `key` has to say all that this depends on beside the inputs and how they lie.
+    `key` has to say all that this depends on beside the inputs and how they lie. `after(*results)` would make the pass
+    that follows, if one will: it is called only to find its kernels (`ahead.py`).
     """
-    if _recorder() is not None:
+    outer = recorder()
+    if outer is not None:
+        outer.making = Making(make, after, len(outer.done))
         return make()  # as a part of the pass that is being made
     assert inputs[0] is not None
     device = inputs[0].device
     key = key, device, _shared(inputs), *[None if tensor is None else geometry(tensor) for tensor in inputs]
-    with _on(device):
+    place = on(device)
+    with _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place:
         known = _passes.get(key)
         if known is not None:
             return known(inputs)
         if key in _passes:
             return make()
-        _thread.recorder = recorder = Recorder(inputs)
-        try:
+        new = Recorder(inputs)
+        new.making = Making(make, after, 0)
+        with noted_by(new):
             results = make()
-        finally:
-            _thread.recorder = None
         if len(_passes) >= PASSES:
             _passes.clear()
-        _passes[key] = recorder.recorded(results)
+        _passes[key] = new.recorded(results)
         return results
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """A device as the current one."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    place = torch.cuda.device(device) if elsewhere else nullcontext()
-    return _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 @contextmanager
@@ -76,9 +84,19 @@ def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
         settings.fill_uninitialized_memory = before
 
 
-def _recorder() -> Recorder | None:
+def recorder() -> Recorder | None:
     """That of the pass which this thread makes for the first time."""
     return getattr(_thread, "recorder", None)
+
+
+@contextmanager
+def noted_by(new: Recorder) -> Iterator[None]:
+    """What this thread makes is noted by another recorder."""
+    before, _thread.recorder = recorder(), new
+    try:
+        yield
+    finally:
+        _thread.recorder = before
 
 
 def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
@@ -90,31 +108,27 @@ def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
 
 def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, zeros: bool = False) -> Tensor:
     """Memory beside `like`, in its dtype or another, that kernels fill; some only in part, and need zeros."""
-    return as_room((like.new_zeros if zeros else like.new_empty)(shape, dtype=dtype), zeros=zeros)
+    make = Tensor.new_zeros if zeros else Tensor.new_empty
+    return room_by(partial(make, dtype=dtype), like, shape, zeros=zeros)
 
 
-def as_room(tensor: Tensor, *, zeros: bool = False) -> Tensor:
-    """New memory, of any strides, as a `room`."""
-    recorder = _recorder()
-    if recorder is not None:
-        recorder.rooms.append((tensor, zeros))
-    return tensor
+def room_by(make: Callable[..., Tensor], *arguments: Any, zeros: bool = False) -> Tensor:
+    """New memory that `make(*arguments)` gives, of any strides, as a `room`."""
+    noting = recorder()
+    return make(*arguments) if noting is None else noting.room(make, arguments, zeros=zeros)
 
 
 def done(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, which is made of its arguments alone; a list of tensors is none."""
-    result = function(*arguments)
-    recorder = _recorder()
-    if recorder is not None:
-        recorder.done.append((function, list(arguments), result))
-    return result
+    noting = recorder()
+    return function(*arguments) if noting is None else noting.do(function, arguments)
 
 
 def note(run: Callable[..., Any], arguments: list[Any]) -> None:
     """Note a launch, `run(*arguments)`, of the pass that is being made, if one is."""
-    recorder = _recorder()
-    if recorder is not None:
-        recorder.done.append((run, arguments, None))
+    noting = recorder()
+    if noting is not None:
+        noting.done.append((run, arguments, None))
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -175,16 +189,38 @@ class Pass:
         return [objects[number] if lie is None else _like(objects[number], *lie) for number, lie in self.results]
 
 
+class Making(NamedTuple):
+    """What `repeated` was given, and how much was done before by the pass of which this is a part."""
+
+    make: Callable[[], Sequence[Tensor]]
+    after: Callable[..., Any] | None
+    start: int
+
+
 class Recorder:
     """Notes rooms, and what is done with them, of the pass that is being made.
 
-    done: what was called, with which arguments, and the tensor that came of it, or None after a launch.
+    done: what was called, with which arguments, and the tensor that came of it, or None after a launch. making: the
+    pass, or the part of it that `repeated` was asked for last.
     """
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         self.inputs = inputs
         self.rooms: list[tuple[Tensor, bool]] = []
         self.done: list[tuple[Callable[..., Any], list[Any], Tensor | None]] = []
+        self.making: Making | None = None
+
+    def room(self, make: Callable[..., Tensor], arguments: tuple[Any, ...], *, zeros: bool) -> Tensor:
+        """As `room_by`."""
+        tensor = make(*arguments)
+        self.rooms.append((tensor, zeros))
+        return tensor
+
+    def do(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+        """As `done`."""
+        result = function(*arguments)
+        self.done.append((function, list(arguments), result))
+        return result
 
     def recorded(self, results: Sequence[Tensor]) -> Pass | None:
         """The pass; None where it cannot be made again."""

@@ -1,0 +1,105 @@
+"""Kernels that a pass needs and that are not compiled yet are compiled beside each other, before it launches the first.
+
+To find them the pass is made once more, and with it the one that follows: of tensors without memory, and what would be
+launched is compiled in a thread. What fails in this is left to the pass itself, which fails in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import replay
+from .replay import Recorder
+
+
+class Survey(Recorder):
+    """That of passes which are not made: threads compile what they would launch.
+
+    made: what torch has made so far in the pass that is surveyed, and need not make again: the first product or sum
+    without memory takes it tenths of a second.
+    """
+
+    def __init__(self, device: torch.device, threads: Executor, made: Iterator[Tensor]) -> None:
+        super().__init__(())
+        self.device, self.threads, self.made = device, threads, made
+        self.found: set[Hashable] = set()
+
+    def compile(self, key: Hashable, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+        """Start to compile a kernel for these arguments, of which the key says all that matters, if not done yet."""
+        if key not in self.found:
+            self.found.add(key)
+            _ = kernel.cache_key  # that of its files: it depends on the order in which kernels are asked for theirs
+            self.threads.submit(_compile, self.device, kernel, grid, arguments)
+
+    def room(self, make: Callable[..., Tensor], arguments: tuple[Any, ...], *, zeros: bool) -> Tensor:
+        return make(*map(_without_memory, arguments))
+
+    def do(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+        made = next(self.made, None)
+        return self.room(function, arguments, zeros=False) if made is None else made
+
+
+def _without_memory(value: Any) -> Any:
+    """A tensor that lies as another does; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def is_surveyed(
+    kernel: Any,
+    grid: tuple[int, int],
+    arguments: dict[str, Any],
+    constants: Callable[[], dict[str, Any]],
+    known: dict[Hashable, Any],
+    key: Hashable,
+) -> bool:
+    """Whether this launch, as `compiled.launch` has it, is part of a survey, which only compiles what is not known."""
+    survey = replay.recorder()
+    if not isinstance(survey, Survey):
+        return False
+    if key not in known:
+        survey.compile((id(known), key), kernel, grid, arguments | constants())
+    return True
+
+
+def compile_missing() -> None:
+    """Compile the kernels of the pass that this thread makes and of the one after it, where threads can."""
+    recorder = replay.recorder()
+    if recorder is None or recorder.making is None:
+        return
+    (make, after, start), recorder.making = recorder.making, None  # once for each pass
+    assert recorder.inputs[0] is not None
+    device = recorder.inputs[0].device
+    made = (result for _, _, result in recorder.done[start:] if result is not None)
+    number = workers(device)
+    if number == 1:
+        return
+    with suppress(Exception), ThreadPoolExecutor(number) as threads, replay.noted_by(Survey(device, threads, made)):
+        results = make()  # first, so that the kernels of this pass are the first
+        if after is not None:
+            after(*results)
+
+
+def workers(device: torch.device) -> int:
+    """How many kernels are compiled at a time: as many as there are cores, where Triton's compiler runs in threads.
+
+    One while a graph is captured: what a survey asks torch for would become a part of it.
+    """
+    if device.type != "cuda" or not hasattr(triton, "AsyncCompileMode") or torch.cuda.is_current_stream_capturing():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _compile(device: torch.device, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+    """Into the kernel's own cache, where the launch finds it."""
+    with replay.on(device):
+        kernel.warmup(grid=grid, **arguments)

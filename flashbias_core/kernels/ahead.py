@@ -23,8 +23,8 @@ from .replay import Recorder
 class Survey(Recorder):
     """That of passes which are not made: threads compile what they would launch.
 
-    made: what torch has made so far in the pass that is surveyed, and need not make again: the first product or sum
-    without memory takes it tenths of a second.
+    made: what torch has made so far in the pass that is surveyed. It makes no more than kernels read: its first sum or
+    product without memory takes it up to a second.
     """
 
     def __init__(self, device: torch.device, threads: Executor, made: Iterator[Tensor]) -> None:
@@ -42,9 +42,11 @@ class Survey(Recorder):
     def room(self, make: Callable[..., Tensor], arguments: tuple[Any, ...], *, zeros: bool) -> Tensor:
         return make(*map(_without_memory, arguments))
 
-    def do(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+    def do(self, function: Callable[..., Tensor], arguments: tuple[Any, ...], *, is_read: bool = True) -> Tensor:
         made = next(self.made, None)
-        return self.room(function, arguments, zeros=False) if made is None else made
+        if made is None:
+            made = self.room(function, arguments, zeros=False) if is_read else arguments[0]
+        return made
 
 
 def _without_memory(value: Any) -> Any:
@@ -83,6 +85,7 @@ def compile_missing() -> None:
     number = workers(device)
     if number == 1:
         return
+    getattr(triton.runtime.cache, "triton_key", int)()  # else each thread reads all of triton's files for it at first
     with suppress(Exception), ThreadPoolExecutor(number) as threads, replay.noted_by(Survey(device, threads, made)):
         results = make()  # first, so that the kernels of this pass are the first
         if after is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from flashbias import plan
 
 from .compiled import Known, kind, launch
-from .replay import contiguous, done, room
+from .replay import contiguous, reduced, room
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
@@ -92,7 +92,7 @@ class GradientColumns:
         """The gradient `(..., R)` from the product `(..., columns)` in fp32."""
         if self.parts == 1:
             return product[..., : self.rank]
-        return done(_added, product, self.rank, self.size)
+        return reduced(_added, product, self.rank, self.size)
 
 
 def _added(product: Tensor, rank: int, size: Tensor | None) -> Tensor:

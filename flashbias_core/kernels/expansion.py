@@ -9,7 +9,7 @@ from flashbias import plan
 from flashbias.operands import Operands
 
 from .call import row_step
-from .replay import as_room, done
+from .replay import done, reduced, room_by
 
 FACTORS = ("q_factor", "k_factor")
 
@@ -35,9 +35,9 @@ def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> d
     assert k_factor is not None
     made = {}
     if "q_factor" in names:
-        made["q_factor"] = done(_product, d_values, k_factor, q_factor.shape)
+        made["q_factor"] = reduced(_product, d_values, k_factor, q_factor.shape)
     if "k_factor" in names:
-        made["k_factor"] = done(_product, d_values.mT, q_factor, k_factor.shape)
+        made["k_factor"] = reduced(_product, d_values.mT, q_factor, k_factor.shape)
     return made
 
 
@@ -47,7 +47,7 @@ def _in_rows(q_factor: Tensor, k_factor: Tensor) -> Tensor:
     heads, n_q, n_k = max(len(q), len(k)), q.shape[1], k.shape[1]
     step = row_step(n_q, q.element_size())
     pitch = plan.cdiv(n_k, step) * step
-    values = as_room(q.new_empty_strided((heads, n_q, n_k), (n_q * pitch, pitch, 1)))
+    values = room_by(Tensor.new_empty_strided, q, (heads, n_q, n_k), (n_q * pitch, pitch, 1))
     return done(_multiply, q.expand(heads, -1, -1), k.expand(heads, -1, -1).mT, values)
 
 

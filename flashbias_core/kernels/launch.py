@@ -22,7 +22,7 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import contiguous, done, repeated, room, room_by
+from .replay import contiguous, reduced, repeated, room, room_by
 from .terms import Block
 
 DELTA_ROWS = 32
@@ -223,7 +223,7 @@ def _query_side(
         )  # fmt: skip
         made = dict.fromkeys(made)
         parts += [] if part is None else [part]
-    slopes, before, behind = (None if rows is None else done(_row_sums, rows) for rows in (d_slopes, *d_far))
+    slopes, before, behind = (None if rows is None else reduced(_row_sums, rows) for rows in (d_slopes, *d_far))
     return {
         "query": d_query,
         "slopes": slopes,
@@ -286,7 +286,7 @@ def _queries_by_teams(
     split = _is_split(k_factor, query)
     if not hopper_queries.backward(call, tiles, statistics, given, d_query, d_slopes, columns, block, split, better):
         return {}
-    slopes = None if d_slopes is None else done(_row_sums, d_slopes)
+    slopes = None if d_slopes is None else reduced(_row_sums, d_slopes)
     q_factor = None if side is None or columns is None else side.combine(columns)
     return {"query": d_query, "slopes": slopes, "q_factor": q_factor}
 
@@ -332,7 +332,7 @@ def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> B
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else done(_side_by_side, *parts)
+    return parts[0] if len(parts) == 1 else reduced(_side_by_side, *parts)
 
 
 def _side_by_side(*parts: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def _per_head(query: Tensor, tensor: Tensor) -> Tensor:
 def _sum_groups(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
     if gradient is None or gradient.shape == tensor.shape:
         return gradient
-    return done(_group_sums, gradient, tensor.shape[-3])
+    return reduced(_group_sums, gradient, tensor.shape[-3])
 
 
 def _group_sums(gradient: Tensor, heads: int) -> Tensor:

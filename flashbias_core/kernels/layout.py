@@ -14,7 +14,7 @@ from torch import Tensor
 from flashbias.errors import UnsupportedError
 
 from .geometry import Geometry, geometry
-from .replay import contiguous, done
+from .replay import contiguous, done, reduced
 from .terms import Block
 
 
@@ -130,4 +130,4 @@ def _expanded(tensor: Tensor, batch: tuple[int, ...], trailing: int) -> Tensor:
 def reduce_to(gradient: Tensor | None, shape: torch.Size) -> Tensor:
     """The gradient `(*batch, ...)` summed over what was broadcast from `shape`."""
     assert gradient is not None
-    return gradient if gradient.shape == shape else done(Tensor.sum_to_size, gradient, shape)
+    return gradient if gradient.shape == shape else reduced(Tensor.sum_to_size, gradient, shape)

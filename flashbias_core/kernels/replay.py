@@ -124,6 +124,12 @@ def done(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return function(*arguments) if noting is None else noting.do(function, arguments)
 
 
+def reduced(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """As `done`, of a tensor before all, for what no kernel reads: only results are made of it."""
+    noting = recorder()
+    return function(*arguments) if noting is None else noting.do(function, arguments, is_read=False)
+
+
 def note(run: Callable[..., Any], arguments: list[Any]) -> None:
     """Note a launch, `run(*arguments)`, of the pass that is being made, if one is."""
     noting = recorder()
@@ -216,8 +222,8 @@ class Recorder:
         self.rooms.append((tensor, zeros))
         return tensor
 
-    def do(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
-        """As `done`."""
+    def do(self, function: Callable[..., Tensor], arguments: tuple[Any, ...], *, is_read: bool = True) -> Tensor:
+        """As `done` and `reduced`."""
         result = function(*arguments)
         self.done.append((function, list(arguments), result))
         return result

@@ -15,6 +15,7 @@ from .tiles import Tiles, select, triton_version
 BACKENDS = ("auto", "cpu", "triton")
 LONG = 1024  # keys
 FEW = 16  # queries
+FEW_KEYS = 8  # of a last tile that are computed with alone: no product has fewer columns
 TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
 EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
 REGISTERS = 1 << 16  # of a processor
@@ -123,6 +124,20 @@ def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapp
     if constants["DENSE"]:
         return n_tiles * heads * cdiv(batch, found.teams)
     return cdiv(n_tiles, found.teams) * heads * batch
+
+
+def tails(found: Tiles, constants: Mapping[str, Any]) -> tuple[int, ...]:
+    """With how many keys of the last tile teams may compute, forward: a few, or all.
+
+    All without a dense bias: each number is another kernel to compile, and rows without one are long.
+    """
+    return (FEW_KEYS, found.block_n) if constants["DENSE"] else (found.block_n,)
+
+
+def tail(found: Tiles, n_k: int, constants: Mapping[str, Any]) -> int:
+    """With how many of them teams compute where there are so many keys."""
+    last = (n_k - 1) % found.block_n + 1
+    return next(keys for keys in tails(found, constants) if last <= keys)
 
 
 def values_programs(found: Tiles, n_q: int, n_k: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import replay
 from .replay import Recorder
@@ -32,12 +33,14 @@ class Survey(Recorder):
         self.device, self.threads, self.made = device, threads, made
         self.found: set[Hashable] = set()
 
-    def compile(self, key: Hashable, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+    def compile(
+        self, key: Hashable, kernel: Any, arguments: dict[str, Any], keep: Callable[[CompiledKernel], Any]
+    ) -> None:
         """Start to compile a kernel for these arguments, of which the key says all that matters, if not done yet."""
         if key not in self.found:
             self.found.add(key)
             _ = kernel.cache_key  # that of its files: it depends on the order in which kernels are asked for theirs
-            self.threads.submit(_compile, self.device, kernel, grid, arguments)
+            self.threads.submit(_compile, self.device, kernel, arguments, keep)
 
     def room(self, make: Callable[..., Tensor], arguments: tuple[Any, ...], *, zeros: bool) -> Tensor:
         return make(*map(_without_memory, arguments))
@@ -56,21 +59,16 @@ def _without_memory(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def is_surveyed(
-    kernel: Any,
-    grid: tuple[int, int],
-    arguments: dict[str, Any],
-    constants: Callable[[], dict[str, Any]],
-    known: dict[Hashable, Any],
-    key: Hashable,
-) -> bool:
-    """Whether this launch, as `compiled.launch` has it, is part of a survey, which only compiles what is not known."""
-    survey = replay.recorder()
-    if not isinstance(survey, Survey):
-        return False
-    if key not in known:
-        survey.compile((id(known), key), kernel, grid, arguments | constants())
-    return True
+def is_surveying() -> bool:
+    """Whether this thread makes a pass only to find its kernels."""
+    return isinstance(replay.recorder(), Survey)
+
+
+def survey(key: Hashable, kernel: Any, arguments: dict[str, Any], keep: Callable[[CompiledKernel], Any]) -> None:
+    """Have a kernel compiled for these arguments, constants among them, by a thread, which gives it to `keep`."""
+    found = replay.recorder()
+    assert isinstance(found, Survey)
+    found.compile(key, kernel, arguments, keep)
 
 
 def compile_missing() -> None:
@@ -102,7 +100,12 @@ def workers(device: torch.device) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _compile(device: torch.device, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
-    """Into the kernel's own cache, where the launch finds it."""
+def _compile(
+    device: torch.device, kernel: Any, arguments: dict[str, Any], keep: Callable[[CompiledKernel], Any]
+) -> None:
+    """Compile and load a kernel, and what launches it, which triton compiles too."""
     with replay.on(device):
-        kernel.warmup(grid=grid, **arguments)
+        made = kernel.warmup(grid=(1, 1), **arguments)
+        if isinstance(made, CompiledKernel):
+            _ = made.run
+            keep(made)

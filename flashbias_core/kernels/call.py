@@ -27,7 +27,7 @@ except ImportError:  # triton 3.3 has none that the host can make
 
 from . import compiled, replay
 from .columns import score_columns
-from .compiled import Known, kind, kinds
+from .compiled import Known, kind, kinds, size_kind
 from .geometry import Geometry, geometry
 from .layout import Axes, Layout
 from .replay import contiguous, done, with_tensor, without_tensor
@@ -145,7 +145,7 @@ def _frame(
     traits["PLAIN"] = plain and None not in tensors.values()
     reach = lie["table"].shape[-1] // 2 if "table" in lie else None
     seen = tuple((name, known.dtype, known.place, kind(strides[name])) for name, known in lie.items())
-    code = device, *constants.items(), planes is None, kind(reach), kind(tuple(sizes.values())), *seen
+    code = device, *constants.items(), planes is None, kind(reach), *map(size_kind, sizes.values()), *seen
     # Of what is copied first the strides are not known yet.
     compiled = {} if None in strides.values() else _COMPILED.setdefault(code, {})
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits, compiled)
@@ -200,7 +200,7 @@ class Call:
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: Tiles | None = None, **arguments: Any) -> None:
         """Launch a kernel with these arguments; with tiles, also with all that the kernels of a call have in common."""
-        key = (id(kernel), tiles, *kinds(arguments))
+        key = (id(kernel), tiles, *kinds(kernel, arguments))
         constants: Callable[[], dict[str, Any]] = dict
         if tiles is not None:
             arguments |= {"q": self.q, "k": self.k, "v": self.v, "tiles": self.descriptor(tiles)}

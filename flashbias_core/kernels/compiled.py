@@ -6,7 +6,7 @@ Triton makes a key of every single argument at each launch, which takes the host
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +31,14 @@ def launch(
 
     `key` has to say in `known` all that the constants are, and all of the arguments that compiled code can depend on.
     """
-    if ahead.is_surveyed(kernel, grid, arguments, constants, known, key):
+    if ahead.is_surveying():
+        if key not in known:
+            fixed = constants()
+            keep = partial(_keep, known, key, kernel, list(arguments), fixed)
+            ahead.survey((id(known), key), kernel, arguments | fixed, keep)
         return
+    if key not in known:
+        ahead.compile_missing()
     programs = (*grid, 1)
     if key in known:
         compiled, constant, places = known[key]
@@ -40,19 +46,26 @@ def launch(
         values = _filled(constant, places, arguments)
         run(*values)
     else:
-        ahead.compile_missing()
         fixed = constants()
         compiled = kernel[grid](**arguments, **fixed)
-        names = kernel.arg_names  # the sizes of tiles are arguments too
-        places = [(place, name) for place, name in enumerate(names) if name in arguments]
-        constant = [fixed.get(name) for name in names]
-        values = _filled(constant, places, arguments)
         if isinstance(compiled, CompiledKernel):
-            known[key] = compiled, constant, places
+            _, constant, places = _keep(known, key, kernel, list(arguments), fixed, compiled)
+            values = _filled(constant, places, arguments)
             run = compiled[programs]
         else:  # the interpreter compiles nothing
-            run = partial(_interpret, kernel[grid], names)
+            values = [(arguments | fixed).get(name) for name in kernel.arg_names]
+            run = partial(_interpret, kernel[grid], kernel.arg_names)
     replay.note(run, values)
+
+
+def _keep(
+    known: dict[Hashable, Known], key: Hashable, kernel: Any, arguments: list[str], constants: dict[str, Any],
+    compiled: CompiledKernel,
+) -> Known:  # fmt: skip
+    """Keep a kernel that was compiled for arguments of these names; the sizes of tiles are constants of it."""
+    places = [(place, name) for place, name in enumerate(kernel.arg_names) if name in arguments]
+    known[key] = made = compiled, [constants.get(name) for name in kernel.arg_names], places
+    return made
 
 
 def _filled(constant: list[Any], places: list[tuple[int, str]], arguments: dict[str, Any]) -> list[Any]:
@@ -66,9 +79,24 @@ def _interpret(kernel: Any, names: list[str], *values: Any) -> None:
     kernel(**dict(zip(names, values, strict=True)))
 
 
-def kinds(arguments: dict[str, Any]) -> tuple[Hashable, ...]:
-    """What compiled code can depend on in arguments; those in capitals are constants of it."""
-    return tuple(value if name.isupper() else kind(value) for name, value in arguments.items())
+def kinds(kernel: Any, arguments: dict[str, Any]) -> tuple[Hashable, ...]:
+    """What a kernel's compiled code can depend on in arguments; those in capitals are constants of it."""
+    sizes = _unspecialized(kernel)
+    return tuple(
+        value if name.isupper() else size_kind(value) if name in sizes else kind(value)
+        for name, value in arguments.items()
+    )
+
+
+@cache
+def _unspecialized(kernel: Any) -> frozenset[str]:
+    """The arguments by whose numbers a kernel is not specialized."""
+    return frozenset(parameter.name for parameter in getattr(kernel, "params", ()) if parameter.do_not_specialize)
+
+
+def size_kind(size: int | float) -> Hashable:
+    """What compiled code can depend on in a number for which it is not specialized."""
+    return -(2**31) <= size < 2**31 if type(size) is int else "float"
 
 
 def kind(argument: Any) -> Hashable:

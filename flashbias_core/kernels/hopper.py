@@ -21,7 +21,6 @@ from flashbias.tiles import Tiles
 
 from .call import Call
 from .teams import (
-    FEW,
     LOADER,
     LOG2_E,
     WARPS,
@@ -42,6 +41,7 @@ from .teams import (
     slope_of,
     start_copy,
     steps,
+    tails,
     unpack,
     widened,
 )
@@ -165,31 +165,10 @@ def sums(b_p, LAYOUT: gl.constexpr, IN_PARTS: gl.constexpr):
 
 
 @gluon.jit
-def last_tile(
-    rooms, i_team, k_free, slope, ahead, b_last, unit, to_log2,
-    KEYS: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, SLOPES: gl.constexpr, CHUNKS: gl.constexpr,
-    IN_PARTS: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
-):  # fmt: skip
-    """Maxima, sums and packed weights of the last tile, which comes first, from so many keys: behind them are none."""
-    LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
-    BLOCK_M: gl.constexpr = rooms[0].shape[4]
-    b_max = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, LAST))
-    b_none = gl.zeros([BLOCK_M, KEYS], gl.float32, LAST)
-    b_s = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_none, TEAMS, CHUNKS, DENSE)])
-    b_bias = matrix(rooms[3], 0).slice(0, KEYS, 1).load(LAST) if DENSE else 0
-    mbarrier.arrive(k_free.index(0), count=1)
-    b_p, b_max, _ = softmax(
-        b_s, b_bias, b_max, slope, ahead, steps(KEYS, LAST, SLOPES), b_last, unit, to_log2, SLOPES, DENSE, True
-    )
-    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, SCORES), assert_trivial=True)
-    return b_max, sums(b_p, SUMS, IN_PARTS), pack(widened(b_p, rooms[1].shape[4], SCORES), rooms[2].dtype)
-
-
-@gluon.jit
 def compute(
     i_team, rooms, ready, free, place, made, sizes,
     C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, FOLDED: gl.constexpr, CHUNKS: gl.constexpr,
-    ABREAST: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr,
+    ABREAST: gl.constexpr, DENSE: gl.constexpr, TEAMS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """A team: output and LSE of its tile of queries."""
     q_ready, k_ready, v_ready = ready
@@ -205,6 +184,7 @@ def compute(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH_V, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TAIL, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
     IN_PARTS: gl.constexpr = CHUNKS == 0 and WIDTH_V <= 32  # else the parts take registers that are needed
@@ -232,23 +212,26 @@ def compute(
     if CAUSAL:
         o_last = gl.expand_dims(gl.minimum(o_last, m_first + o_row + offset), 1)
     b_steps = steps(BLOCK_N, SCORES, SLOPES)
+    b_tail_steps = steps(TAIL, LAST, SLOPES)
     to_log2 = unit * LOG2_E
     b_zero = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
     b_out = gl.zeros([BLOCK_M, WIDTH_V], gl.float32, OUT)
 
+    # The last tile comes first, with TAIL of its keys: behind them are none. Then its weights are those of a whole one.
+    b_max = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, LAST))
+    b_none = gl.zeros([BLOCK_M, TAIL], gl.float32, LAST)
     n_first = (n_tiles - 1) * BLOCK_N
-    ahead = slope * (n_first - m_first - offset).to(gl.float32)
     mbarrier.wait(k_ready.index(0), 0)
-    if DENSE and n_k - n_first <= FEW:  # rows without a dense bias are long
-        b_max, b_sum, b_pairs = last_tile(
-            rooms, i_team, k_free, slope, ahead, o_last - n_first, unit, to_log2,
-            FEW, SCORES, SUMS, SLOPES, CHUNKS, IN_PARTS, DENSE, TEAMS,
-        )  # fmt: skip
-    else:
-        b_max, b_sum, b_pairs = last_tile(
-            rooms, i_team, k_free, slope, ahead, o_last - n_first, unit, to_log2,
-            BLOCK_N, SCORES, SUMS, SLOPES, CHUNKS, IN_PARTS, DENSE, TEAMS,
-        )  # fmt: skip
+    b_tail = warpgroup_mma_wait(0, [start_scores(rooms, i_team, 0, b_none, TEAMS, CHUNKS, DENSE)])
+    b_tail_bias = matrix(rooms[3], 0).slice(0, TAIL, 1).load(LAST) if DENSE else 0
+    mbarrier.arrive(k_free.index(0), count=1)
+    b_tail, b_max, _ = softmax(
+        b_tail, b_tail_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_tail_steps,
+        o_last - n_first, unit, to_log2, SLOPES, DENSE, True,
+    )  # fmt: skip
+    b_max = gl.convert_layout(b_max, ROWS, assert_trivial=True)
+    b_sum = sums(b_tail, SUMS, IN_PARTS)
+    b_pairs = pack(widened(b_tail, BLOCK_N, SCORES), DTYPE)
 
     slot = 0
     phase = 0
@@ -309,8 +292,12 @@ def forward_teams_kernel(
     C_V: gl.constexpr, RANK: gl.constexpr, CHUNK: gl.constexpr, FOLDED: gl.constexpr, CAUSAL: gl.constexpr,
     ABREAST: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, REGISTERS: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
-    """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column)."""
+    """Output and LSE. What is read but for slopes are tensor descriptors (outer, inner, head, row, column).
+
+    TAIL: how many keys of the last tile are computed with, BLOCK_N or fewer; without a causal mask only.
+    """
     CHUNKS: gl.constexpr = RANK // CHUNK
     DENSE: gl.constexpr = bias is not None
     SPAN: gl.constexpr = BLOCK_M if DENSE else BLOCK_M * TEAMS  # queries of a program
@@ -351,25 +338,25 @@ def forward_teams_kernel(
     if TEAMS == 1:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [1], [LOADER])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, 1], [REGISTERS, LOADER])  # fmt: skip
     else:
         gl.warp_specialize([
             (compute, (0, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (compute, (1, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (compute, (2, rooms, ready, free, what, made, sizes, C_V, SLOPES, CAUSAL, FOLDED, CHUNKS,
-                       ABREAST, DENSE, TEAMS)),
+                       ABREAST, DENSE, TEAMS, TAIL)),
             (load, (tensors, rooms, ready, free, where, RANK, CHUNK, DENSE, TEAMS)),
         ], [WARPS, WARPS, 1], [REGISTERS, REGISTERS, LOADER])  # fmt: skip
 
@@ -378,6 +365,6 @@ def forward(call: Call, tiles: Tiles, out: Tensor, lse: Tensor, abreast: bool) -
     """Write output and LSE of a call that `plan.teams` gives to this kernel; abreast: as in `output.py`."""
     programs = plan.team_programs(tiles, plan.cdiv(out.shape[-2], tiles.block_m), out.shape, call.frame.traits)
     made = {"slopes": call.terms.slopes, "out": out, "lse": lse}
-    launch(
-        forward_teams_kernel, call, tiles, programs, inputs(call, tiles) | columns(call, tiles), made, ABREAST=abreast
-    )
+    read = inputs(call, tiles) | columns(call, tiles)
+    for tail in tails(call, tiles):
+        launch(forward_teams_kernel, call, tiles, programs, read, made, ABREAST=abreast, TAIL=tail)

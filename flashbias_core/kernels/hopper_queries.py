@@ -21,7 +21,6 @@ from .backward import Forward
 from .call import Call
 from .hopper_backward import load, start_products
 from .teams import (
-    FEW,
     LOADER,
     LOG2_E,
     PITCH,
@@ -45,7 +44,6 @@ from .teams import (
     slope_of,
     steps,
     unpack,
-    widened,
 )
 
 
@@ -111,43 +109,6 @@ def statistics_of(
 
 
 @gluon.jit
-def last_tile(
-    own_rooms, rooms, b_level, b_delta, slope, b_first, n_first, o_last, to_log2,
-    KEYS: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, SLOPES: gl.constexpr, CHUNKS: gl.constexpr,
-    SPLIT: gl.constexpr, MEANS: gl.constexpr, EXCESS: gl.constexpr, D_SLOPES: gl.constexpr, DENSE: gl.constexpr,
-):  # fmt: skip
-    """dS, what halves cannot hold of it, and P of the last tile, packed, and parts of sums, all as of a whole tile.
-
-    The last tile comes first, with so many keys: behind them are none.
-    """
-    LAST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
-    ROWS: gl.constexpr = gl.SliceLayout(1, LAST)
-    DTYPE: gl.constexpr = own_rooms[0].dtype
-    BLOCK_M: gl.constexpr = own_rooms[0].shape[4]
-    b_none = gl.zeros([BLOCK_M, KEYS], gl.float32, LAST)
-    b_s, b_dp = start_products(own_rooms, rooms, 0, b_none, CHUNKS)
-    b_bias = matrix(rooms[2], 0).slice(0, KEYS, 1).load(LAST) if DENSE else 0
-    b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
-    b_level = gl.convert_layout(b_level, ROWS, assert_trivial=True)
-    b_delta = gl.convert_layout(b_delta, ROWS, assert_trivial=True)
-    b_first = gl.convert_layout(b_first, ROWS, assert_trivial=True)
-    b_steps = steps(KEYS, LAST, SLOPES)
-    b_p = probabilities(
-        b_s, b_bias, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, DENSE, True
-    )
-    b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
-    b_zero = gl.zeros([BLOCK_M, 8], gl.float32, SUMS)
-    b_excess, b_d_slopes, b_mean_distance = add_rows(
-        b_zero, b_zero, b_zero, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES, SUMS
-    )
-    b_p, b_dp = widened(b_p, rooms[0].shape[4], SCORES), widened(b_dp, rooms[0].shape[4], SCORES)
-    b_ds = pack(b_dp, DTYPE)
-    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
-    b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
-    return b_ds, b_low, b_pairs, b_excess, b_d_slopes, b_mean_distance
-
-
-@gluon.jit
 def compute(
     own_rooms, rooms, ready, free, place, forward, made, statistics, sizes,
     C: gl.constexpr, C_V: gl.constexpr, SLOPES: gl.constexpr, CAUSAL: gl.constexpr, CHUNKS: gl.constexpr,
@@ -203,20 +164,27 @@ def compute(
     b_d_query = gl.zeros([BLOCK_M, WIDTH], gl.float32, QUERIES)
     b_d_columns = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
     b_means = gl.zeros([BLOCK_M, max(GRADIENT_RANK, 16)], gl.float32, COLUMNS)
+    b_excess = gl.zeros([BLOCK_M, 8], gl.float32, SUMS)
+    b_d_slopes = b_excess
+    b_mean_distance = b_excess
 
+    # The last tile comes first, as in `hopper.compute`.
     n_first = (n_tiles - 1) * BLOCK_N
-    b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
     mbarrier.wait(k_ready.index(0), 0)
-    if DENSE and n_k - n_first <= FEW:  # as in `hopper.compute`
-        b_ds, b_low, b_pairs, b_excess, b_d_slopes, b_mean_distance = last_tile(
-            own_rooms, rooms, b_level, b_delta, slope, b_first, n_first, o_last, to_log2,
-            FEW, SCORES, SUMS, SLOPES, CHUNKS, SPLIT, MEANS, EXCESS, D_SLOPES, DENSE,
-        )  # fmt: skip
-    else:
-        b_ds, b_low, b_pairs, b_excess, b_d_slopes, b_mean_distance = last_tile(
-            own_rooms, rooms, b_level, b_delta, slope, b_first, n_first, o_last, to_log2,
-            BLOCK_N, SCORES, SUMS, SLOPES, CHUNKS, SPLIT, MEANS, EXCESS, D_SLOPES, DENSE,
-        )  # fmt: skip
+    b_s, b_dp = start_products(own_rooms, rooms, 0, b_zero, CHUNKS)
+    b_bias = load_bias(rooms[2], 0, SCORES, False) if DENSE else 0
+    b_s, b_dp = warpgroup_mma_wait(0, [b_s, b_dp])
+    b_first = (n_first - m_first - offset - o_row).to(gl.float32)  # distances to the tile's first key
+    b_p = probabilities(
+        b_s, b_bias, b_level, slope, slope * b_first, b_steps, n_first, o_last, to_log2, SLOPES, DENSE, True
+    )
+    b_dp = b_p * (b_dp - gl.expand_dims(b_delta, 1))
+    b_excess, b_d_slopes, b_mean_distance = add_rows(
+        b_excess, b_d_slopes, b_mean_distance, b_p, b_dp, b_steps, b_first, EXCESS, D_SLOPES, SUMS
+    )
+    b_ds = pack(b_dp, DTYPE)
+    b_low = lost(b_dp, b_ds, DTYPE, SCORES) if SPLIT else b_ds
+    b_pairs = pack(b_p, DTYPE) if MEANS else b_ds
 
     slot = 0
     phase = 0

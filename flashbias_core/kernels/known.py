@@ -16,5 +16,5 @@ def launch_known(
     kernel: Any, grid: tuple[int, int], device: torch.device, arguments: dict[str, Any], **constants: Any
 ) -> None:
     """Launch a kernel of a pass with arguments, and constants that its code depends on by their values."""
-    key = (id(kernel), device, *kinds(arguments), *constants.values())
+    key = (id(kernel), device, *kinds(kernel, arguments), *constants.values())
     launch(kernel, grid, arguments, lambda: constants, _COMPILED, key)

@@ -15,17 +15,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashbias import plan
 from flashbias.tiles import LOADER as LOADER_REGISTERS
 from flashbias.tiles import Tiles
 
-from . import backward, compiled, terms
+from . import ahead, backward, compiled, terms
 from .call import Call
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
 LOG2_E = gl.constexpr(terms.LOG2_E.value)
 LOADER = gl.constexpr(LOADER_REGISTERS)
 PITCH = gl.constexpr(backward.PITCH.value)
-FEW = gl.constexpr(8)  # keys of a last tile that are computed with alone: the fewest columns of a product
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6
 
 
@@ -240,12 +240,18 @@ def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NV
     return shape, gl.NVMMASharedLayout.get_default_for(shape, kind)
 
 
+def tails(call: Call, tiles: Tiles) -> tuple[int, ...]:
+    """With how many keys of the last tile to compute; in a survey, what other lengths would want as well."""
+    traits = call.frame.traits
+    return plan.tails(tiles, traits) if ahead.is_surveying() else (plan.tail(tiles, call.frame.sizes["n_k"], traits),)
+
+
 def launch(
     kernel: Any, call: Call, tiles: Tiles, programs: int, read: dict[str, Any], tensors: dict[str, Any],
     **constants: Any,
 ) -> None:  # fmt: skip
     """Launch a kernel of teams with what is read by tiles, other tensors, and the constants of this launch alone."""
-    key = (id(kernel), tiles, *compiled.kinds(tensors), *constants.values())
+    key = (id(kernel), tiles, *compiled.kinds(kernel, tensors), *constants.values())
     sizes = call.frame.once(("sizes", id(kernel)), partial(_sizes, kernel, call))
     common = partial(_common, kernel, call, tiles, constants)
     compiled.launch(kernel, (programs, 1), read | tensors | sizes, common, call.frame.compiled, key)

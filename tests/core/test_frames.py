@@ -9,7 +9,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,8 +66,7 @@ def test_lengths_share_kernels(device: str) -> None:
         q, k, v = torch.zeros(3, 2, HEADS, length, C, device=device, dtype=dtype)
         return call.prepare(q, k, v, Operands(), 1.0).frame.compiled
 
-    assert known(20) is known(23)
-    assert known(20) is not known(32)  # a multiple of 16
+    assert known(20) is known(23) is known(32)
     assert known(20) is not known(20, torch.float16)
 
 
@@ -139,6 +140,18 @@ def test_another_kind_of_argument_is_another_key() -> None:
     assert compiled.kind(x) == compiled.kind(x[4:])
     assert compiled.kind(17) == compiled.kind(23)
     assert compiled.kind(Block(x, 1, 2, 3, 5)) == compiled.kind(block)
-    assert (
-        compiled.kinds({"n": 17, "N": 17}) == compiled.kinds({"n": 23, "N": 17}) != compiled.kinds({"n": 23, "N": 23})
-    )
+
+
+class Specialized:
+    """Stands in for a kernel that is specialized by one of its arguments."""
+
+    params = (SimpleNamespace(name="n", do_not_specialize=True), SimpleNamespace(name="row", do_not_specialize=False))
+
+
+def test_by_what_a_kernel_is_specialized_is_part_of_a_key() -> None:
+    kinds = partial(compiled.kinds, Specialized())
+    base = kinds({"n": 17, "row": 17, "N": 17})
+    assert kinds({"n": 16, "row": 23, "N": 17}) == base
+    assert kinds({"n": 2**31, "row": 17, "N": 17}) != base
+    assert kinds({"n": 17, "row": 16, "N": 17}) != base
+    assert kinds({"n": 17, "row": 17, "N": 23}) != base

@@ -65,7 +65,7 @@ def check(bias: SpatialDistance, query: Tensor, n_k: int, kv_heads: int | None =
 
 
 def queries(n: int, device: str, heads: int = 2, batch: tuple[int, ...] = (2,), dtype: Any = torch.float32) -> Tensor:
-    return torch.randn(*batch, heads, n, 16, device=device).to(dtype)
+    return torch.randn(*batch, heads, n, 16).to(device).to(dtype)
 
 
 FAR = [
@@ -80,8 +80,8 @@ def test_coordinates_of_any_dtype_wherever_they_lie(
     dtype: torch.dtype, far: float, half: bool, made: list[Any], device: str
 ) -> None:
     query = queries(9, device, dtype=torch.float16 if half else torch.float32)
-    x_q, x_k = (far + 2 * torch.rand(2, n, 3, device=device, dtype=torch.float64).to(dtype) for n in (9, 17))
-    check(SpatialDistance(x_q, x_k, torch.randn(2, 2, 9, device=device)), query, 17)
+    x_q, x_k = (far + 2 * torch.rand(2, n, 3, dtype=torch.float64).to(device, dtype) for n in (9, 17))
+    check(SpatialDistance(x_q, x_k, torch.randn(2, 2, 9).to(device)), query, 17)
     assert len(made) == 2  # one of them for the call
 
 
@@ -109,8 +109,8 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_points_and_weights_that_broadcast_against_each_other(
     weight: str, left: tuple[int, ...], right: tuple[int, ...], made: list[Any], device: str
 ) -> None:
-    x_q, x_k = torch.randn(*left, 9, 2, device=device), torch.randn(*right, 17, 2, device=device)
-    bias = SpatialDistance(x_q, x_k, WEIGHTS[weight](torch.randn(3, 2, 9, device=device)))
+    x_q, x_k = torch.randn(*left, 9, 2).to(device), torch.randn(*right, 17, 2).to(device)
+    bias = SpatialDistance(x_q, x_k, WEIGHTS[weight](torch.randn(3, 2, 9).to(device)))
     check(bias, queries(9, device, batch=(2, 3)), 17)
     assert len(made) == 2
 
@@ -131,8 +131,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout: str, made: list[Any], device: str) -> None:
-    x_q, x_k, weight = (LAYOUTS[layout](torch.randn(2, 3, n, 2, device=device)) for n in (9, 17, 9))
-    weight = LAYOUTS[layout](torch.randn(2, 3, 2, 9, device=device).flatten(0, 1)).unflatten(0, (2, 3))
+    x_q, x_k, weight = (LAYOUTS[layout](torch.randn(2, 3, n, 2).to(device)) for n in (9, 17, 9))
+    weight = LAYOUTS[layout](torch.randn(2, 3, 2, 9).to(device).flatten(0, 1)).unflatten(0, (2, 3))
     check(SpatialDistance(x_q, x_k, weight), queries(9, device, batch=(2, 3)), 17)
     assert len(made) == 2
 
@@ -140,14 +140,14 @@ def test_any_strides(layout: str, made: list[Any], device: str) -> None:
 @pytest.mark.parametrize("d", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize(("n_q", "n_k"), [(9, 17), (40, 1), (1, 40), (1, 1), (70, 33)])
 def test_dimensions_and_lengths(d: int, n_q: int, n_k: int, made: list[Any], device: str) -> None:
-    x_q, x_k = (5 + torch.randn(2, n, d, device=device) / d**0.5 for n in (n_q, n_k))
-    check(SpatialDistance(x_q, x_k, torch.randn(2, 2, n_q, device=device)), queries(n_q, device), n_k)
+    x_q, x_k = (5 + torch.randn(2, n, d).to(device) / d**0.5 for n in (n_q, n_k))
+    check(SpatialDistance(x_q, x_k, torch.randn(2, 2, n_q).to(device)), queries(n_q, device), n_k)
     assert len(made) == 2
 
 
 @pytest.mark.parametrize("n", [1, 33])
 def test_points_that_attend_to_themselves(n: int, made: list[Any], device: str) -> None:
-    x, weight = torch.rand(2, n, 3, device=device) + 100, torch.randn(2, 4, n, device=device)
+    x, weight = torch.rand(2, n, 3).to(device) + 100, torch.randn(2, 4, n).to(device)
     for other in (x, x.view_as(x), x.clone()):
         check(SpatialDistance(x, other, weight), queries(n, device, 4), n, kv_heads=2, is_causal=True)
     assert all(torch.equal(q, made[0][0]) and torch.equal(k, made[0][1]) for q, k in made)
@@ -158,10 +158,10 @@ def test_several_blocks_and_shares(d: int, device: str) -> None:
     """The outermost point in any of them, of either side, is found."""
     rows = points.ENTRIES // triton.next_power_of_2(d + 2)
     n_q, n_k = 3 * rows + 5, 1 + points.SHARES * rows
-    x_q, x_k = torch.rand(1, n_q, d, device=device), torch.rand(1, n_k, d, device=device)
+    x_q, x_k = torch.rand(1, n_q, d).to(device), torch.rand(1, n_k, d).to(device)
     weight = torch.ones(n_q, device=device)
     for x, place in ((x_q, 0), (x_q, n_q - 1), (x_k, n_k - 1), (x_k, n_k // 2)):
-        x[0, place] = 9 + torch.rand(d, device=device)
+        x[0, place] = 9 + torch.rand(d).to(device)
         q_factor, k_factor = points.distance_factors(x_q, x_k, weight)
         middle = (torch.cat((x_q, x_k), 1).amax(1) + torch.cat((x_q, x_k), 1).amin(1)) / 2
         for factor, points_, scale in ((q_factor, x_q, -1), (k_factor, x_k, -2)):
@@ -173,9 +173,9 @@ def test_several_blocks_and_shares(d: int, device: str) -> None:
 @pytest.mark.parametrize("side", ["x_q", "x_k"])
 def test_coordinates_that_are_not_finite(strange: float, side: str, device: str) -> None:
     """Others of theirs are relative to zero, and all else is as it was."""
-    x = {"x_q": torch.rand(2, 9, 3, device=device) + 3, "x_k": torch.rand(2, 17, 3, device=device) + 3}
+    x = {"x_q": torch.rand(2, 9, 3).to(device) + 3, "x_k": torch.rand(2, 17, 3).to(device) + 3}
     x[side][0, 4, 1] = strange
-    bias = SpatialDistance(x["x_q"], x["x_k"], torch.rand(2, 9, device=device))
+    bias = SpatialDistance(x["x_q"], x["x_k"], torch.rand(2, 9).to(device))
     problem = Problem((2,), 2, 9, 17, 8, x["x_q"].device)
     torchs = by_torch(bias, problem)
     ours = points.distance_factors(bias.x_q, bias.x_k, bias.weight)
@@ -184,8 +184,8 @@ def test_coordinates_that_are_not_finite(strange: float, side: str, device: str)
 
 
 def test_torch_makes_them_where_it_is_needed(made: list[Any], monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    query, x = queries(9, device), torch.rand(2, 9, 3, device=device)
-    weight = torch.rand(2, 9, device=device)
+    query, x = queries(9, device), torch.rand(2, 9, 3).to(device)
+    weight = torch.rand(2, 9).to(device)
 
     def attend(bias: Any, **options: Any) -> None:
         with torch.no_grad():
@@ -210,9 +210,9 @@ def test_torch_makes_them_where_it_is_needed(made: list[Any], monkeypatch: pytes
 @torch.no_grad()
 def test_the_first_call_gives_what_later_ones_do(device: str) -> None:
     """By kernels in a pass of their own, or in the call's: the same bits, in a sum and with other gradients too."""
-    query, x, weight = queries(9, device), torch.rand(2, 9, 3, device=device), torch.rand(2, 9, device=device)
+    query, x, weight = queries(9, device), torch.rand(2, 9, 3).to(device), torch.rand(2, 9).to(device)
     bias = SpatialDistance(x, x, weight)
-    for whole in (bias, bias + ALiBi(torch.rand(2, device=device)), bias + FactoredBias(query, query)):
+    for whole in (bias, bias + ALiBi(torch.rand(2).to(device)), bias + FactoredBias(query, query)):
         first, *later = (biased_attention(query, query, query, whole) for _ in range(3))
         with torch.enable_grad():
             later += [biased_attention(query.clone().requires_grad_(), query, query, whole) for _ in range(2)]

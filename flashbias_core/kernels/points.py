@@ -17,7 +17,7 @@ from flashbias import plan
 from .known import launch_known
 from .replay import done, repeated, room
 
-ENTRIES, ROWS = 2048, 256  # of a tile, at most
+ENTRIES = 512  # of a tile
 SHARES = 32  # of the points of a side, at most, among programs that look for the box
 STRIDES = [
     "q_batch", "q_row", "q_column", "k_batch", "k_row", "k_column", "w_batch", "w_head", "w_row", "b_batch",
@@ -42,7 +42,7 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     q_factor = room(x_q, (*q_batch, heads, n_q, d + 2), torch.float32)
     k_factor = room(x_q, (*batch, 1, n_k, d + 2), torch.float32)
     width = triton.next_power_of_2(d + 2)
-    rows = max(min(ENTRIES // width, ROWS), 1)
+    rows = max(ENTRIES // width, 1)
     sides = 1 if x_k is x_q else 2
     shares = min(SHARES, rows)
     parts = sides * min(shares, plan.cdiv(max(n_q, n_k), rows))

@@ -14,6 +14,7 @@ from .tiles import Tiles, select, triton_version
 
 BACKENDS = ("auto", "cpu", "triton")
 LONG = 1024  # keys
+SHORT = 1024  # keys: rows of a dense bias up to here are short
 FEW = 16  # queries
 FEW_KEYS = 8  # of a last tile that are computed with alone: no product has fewer columns
 TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
@@ -126,18 +127,26 @@ def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapp
     return cdiv(n_tiles, found.teams) * heads * batch
 
 
-def tails(found: Tiles, constants: Mapping[str, Any]) -> tuple[int, ...]:
-    """With how many keys of the last tile teams may compute, forward: a few, or all.
+def is_short(n_k: int, constants: Mapping[str, Any]) -> bool:
+    """Whether rows are so short that a program of teams takes several tiles of queries, one after the other."""
+    return constants["DENSE"] and n_k <= SHORT
 
-    All without a dense bias: each number is another kernel to compile, and rows without one are long.
+
+def tails(found: Tiles, n_k: int, constants: Mapping[str, Any]) -> tuple[tuple[int, bool], ...]:
+    """With how many keys of the last tile teams compute at lengths like this one, forward: a few, or all.
+
+    And whether it is known to have no others, which only short rows gain by. All without a dense bias: each case is
+    another kernel to compile, and rows without one are long.
     """
-    return (FEW_KEYS, found.block_n) if constants["DENSE"] else (found.block_n,)
+    few, every, whole = (FEW_KEYS, False), (found.block_n, False), (found.block_n, True)
+    return (few, every, whole) if is_short(n_k, constants) else (few, every) if constants["DENSE"] else (every,)
 
 
-def tail(found: Tiles, n_k: int, constants: Mapping[str, Any]) -> int:
-    """With how many of them teams compute where there are so many keys."""
+def tail(found: Tiles, n_k: int, constants: Mapping[str, Any]) -> tuple[int, bool]:
+    """That of `tails` for this length."""
     last = (n_k - 1) % found.block_n + 1
-    return next(keys for keys in tails(found, constants) if last <= keys)
+    fitting = [case for case in tails(found, n_k, constants) if last <= case[0]]
+    return fitting[-1] if last == found.block_n else fitting[0]
 
 
 def values_programs(found: Tiles, n_q: int, n_k: int) -> int:
@@ -181,11 +190,15 @@ def splits(programs: int, members: int, device: torch.device) -> int:
     return max(1, min(members, cdiv(4 * _processors(device), programs)))
 
 
+def places(found: Tiles, device: torch.device) -> int:
+    """How many programs of teams run at a time, by their registers."""
+    return _processors(device) * max(REGISTERS // (128 * (found.teams + 1) * found.registers), 1)
+
+
 def values_splits(found: Tiles, programs: int, members: int, device: torch.device) -> int:
     """Into how many parts teams split a sum over `members`: as few as keep nearly the whole device busy to the end."""
-    places = _processors(device) * max(REGISTERS // (128 * (found.teams + 1) * found.registers), 1)
-    most = max(1, min(members // MEMBERS, ROUNDS * places // programs))
-    rounds = [cdiv(parts * programs, places) / parts for parts in range(1, most + 1)]
+    most = max(1, min(members // MEMBERS, ROUNDS * places(found, device) // programs))
+    rounds = [cdiv(parts * programs, places(found, device)) / parts for parts in range(1, most + 1)]
     return next(parts for parts, time in enumerate(rounds, 1) if time <= 1.02 * min(rounds))
 
 

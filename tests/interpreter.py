@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ def run(kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
     names = kernel.arg_names
     values = [_argument(arguments[name]) for name in names]
     for i in range(grid[0]):
-        _here.program, _here.products = Program(_value(torch.tensor(i))), []
+        _here.program, _here.products = Program(_value(torch.tensor(i)), grid[0]), []
         _interpreted(kernel)(*values)
 
 
@@ -56,6 +56,7 @@ class Program:
     """What the threads of one program share. Whoever changes a barrier or waits for one holds `changed`."""
 
     number: Tensor
+    of: int = 1
     changed: threading.Condition = field(default_factory=threading.Condition)
     running: int = 1
     giving_way: int = 0
@@ -254,7 +255,7 @@ def _interpreted(function: Any) -> Callable[..., Any]:
     """A function of Gluon's as one of Python, in which the language's names are those of this file."""
     if function not in _known:
         source, own = function.fn.__code__, function.fn.__globals__
-        names: dict[str, Any] = {"__builtins__": __builtins__}
+        names: dict[str, Any] = {"__builtins__": __builtins__, "range": _range}
         _known[function] = types.FunctionType(source, names, function.fn.__name__, function.fn.__defaults__)
         names.update({name: _replaced(name, own[name]) for name in _names(source) if name in own})
     return _known[function]
@@ -296,6 +297,11 @@ def _copy(tensor: Descriptor, place: list[Any], bar: _Room, room: Shared) -> Non
     bar.barrier.change(0, -tile.numel() * tile.element_size())
 
 
+def _write_tile(tensor: Descriptor, place: list[Any], room: Shared) -> None:
+    found = tensor.tensor[tuple(slice(int(i), int(i) + n) for i, n in zip(place, tensor.block_shape, strict=True))]
+    found.copy_(room.memory[tuple(slice(0, size) for size in found.shape)])
+
+
 def _load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Tensor:
     place, mask = torch.broadcast_tensors(torch.as_tensor(pointer.place), torch.as_tensor(mask))
     assert ((place >= 0) & (place < len(pointer.memory)) | ~mask).all(), "read outside of the tensor"
@@ -317,6 +323,11 @@ def _room(dtype: Any, shape: list[int], layout: Any) -> Any:
 
 def _init(room: _Room, count: int) -> None:
     room.bars[room.i] = Barrier(count, count)
+
+
+def _range(*bounds: Any) -> Iterator[Value]:
+    """Numbers of a loop, in registers too."""
+    return (_value(torch.tensor(i)) for i in range(*map(int, bounds)))
 
 
 def _value(x: Tensor) -> Value:
@@ -342,10 +353,12 @@ _MBARRIER = types.SimpleNamespace(
     arrive=lambda room, count: room.barrier.change(count, 0),
     wait=lambda room, phase: _here.program.wait(room.barrier, int(phase)),
 )
+_TMA = types.SimpleNamespace(async_copy_shared_to_global=_write_tile, store_wait=_nothing)
 _GL = types.SimpleNamespace(
-    int64=torch.int64, float32=torch.float32,
+    int64=torch.int64, int32=torch.int32, float32=torch.float32,
     NVMMADistributedLayout=_nothing, DotOperandLayout=_nothing, SliceLayout=_nothing, BlockedLayout=_nothing,
-    program_id=lambda axis: _here.program.number, static_range=range, static_assert=_hold,
+    program_id=lambda axis: _here.program.number, num_programs=lambda axis: _here.program.of,
+    static_range=range, static_assert=_hold,
     cdiv=lambda a, b: -(-a // b),
     arange=lambda begin, end, layout: _value(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout: _value(torch.zeros(shape, dtype=dtype)),
@@ -359,7 +372,7 @@ _GL = types.SimpleNamespace(
     warp_specialize=lambda parts, warps, registers: _here.program.specialize(parts),
 )  # fmt: skip
 _LANGUAGE: dict[str, Any] = {
-    "gl": _GL, "mbarrier": _MBARRIER, "copy": _copy, "fence_async_shared": _nothing,
+    "gl": _GL, "mbarrier": _MBARRIER, "tma": _TMA, "copy": _copy, "fence_async_shared": _nothing,
     "warpgroup_mma": _start_product, "warpgroup_mma_wait": _wait_for_products,
     # In registers a loop carries halves as pairs in integers; here nothing is carried.
     "floats": lambda x: x.float(), "minus": lambda x: -x,

@@ -30,11 +30,17 @@ copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 
 
 @gluon.jit
-def program(n_programs, n_heads, group):
-    """Number, row of the batch, head and key head of a program of a grid over (batch, head, number)."""
-    i_bh = gl.program_id(0) // n_programs
+def part(i, n_parts, n_heads, group):
+    """Number, row of the batch, head and key head of the i-th of all parts, over (batch, head, number)."""
+    i_bh = i // n_parts
     i_h = i_bh % n_heads
-    return gl.program_id(0) % n_programs, i_bh // n_heads, i_h, i_h // group
+    return i % n_parts, i_bh // n_heads, i_h, i_h // group
+
+
+@gluon.jit
+def program(n_programs, n_heads, group):
+    """As `part`, of the programs."""
+    return part(gl.program_id(0), n_programs, n_heads, group)
 
 
 @gluon.jit
@@ -240,10 +246,10 @@ def _tile(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], gl.NV
     return shape, gl.NVMMASharedLayout.get_default_for(shape, kind)
 
 
-def tails(call: Call, tiles: Tiles) -> tuple[int, ...]:
-    """With how many keys of the last tile to compute; in a survey, what other lengths would want as well."""
-    traits = call.frame.traits
-    return plan.tails(tiles, traits) if ahead.is_surveying() else (plan.tail(tiles, call.frame.sizes["n_k"], traits),)
+def tails(call: Call, tiles: Tiles) -> tuple[tuple[int, bool], ...]:
+    """As `plan.tail`; in a survey, what other lengths would want as well."""
+    known = tiles, call.frame.sizes["n_k"], call.frame.traits
+    return plan.tails(*known) if ahead.is_surveying() else (plan.tail(*known),)
 
 
 def launch(

@@ -159,26 +159,55 @@ TAILED = pairwise(
 )
 
 
+@pytest.mark.parametrize("short", [plan.SHORT, 0])
 @pytest.mark.parametrize("case", TAILED, ids=ids(TAILED))
-def test_few_keys_in_the_last_tile(case: Case, device: str, served: Served) -> None:
+def test_few_keys_in_the_last_tile(
+    case: Case, short: int, device: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By programs that take several tiles of queries, and by others, which long rows have."""
+    monkeypatch.setattr(plan, "SHORT", short)
     check(case, device)
     assert len(served) == 4
 
 
-def test_lengths_share_two_kernels(device: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_share_kernels(device: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashbias.kernels import compiled
 
     keys = []
 
     def noted(kernel: Any, grid: Any, arguments: Any, constants: Any, known: Any, key: Any) -> None:
-        keys.append((id(known), key, constants()["TAIL"]))
+        keys.append((id(known), key, constants()["TAIL"], constants()["WHOLE"], constants()["PERSISTENT"]))
 
     monkeypatch.setattr(compiled, "launch", noted)
-    for n_k in (64, 65, 66, 1217, 73, 81, 97, 127):
+    for n_k in (64, 65, 66, 73, 81, 97, 127, 128, 1024, 1088, 1217, 1218, 1279):
         q, k, v = (torch.zeros(2, 1, n, 16, device=device, dtype=torch.bfloat16) for n in (20, n_k, n_k))
         biased_attention(q, k, v, DenseBias(torch.zeros(1, 1, 20, n_k, device=device, dtype=torch.bfloat16)))
-    assert [tail for *_, tail in keys] == [64, 8, 8, 8, 64, 64, 64, 64]
-    assert len(set(keys)) == 2
+    short = [(64, True), (8, False), (8, False), *[(64, False)] * 4, (64, True), (64, True)]
+    long = [(64, False), (8, False), (8, False), (64, False)]
+    assert [rest for *_, tail, whole, many in keys for rest in [(tail, whole, many)]] == [
+        *[(*case, True) for case in short],
+        *[(*case, False) for case in long],
+    ]
+    assert len(set(keys)) == 3 + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_q", "n_k"), [(384, 384), (384, 386), (384, 400), (1100, 1106), (1100, 1140)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_every_call_gives_the_same(n_q: int, n_k: int, layout: str, device: str) -> None:
+    """On a full device, where a tile that was given back before it was read would be another one soon."""
+    case = Case("dense", dtype=torch.bfloat16, batch=(64,), heads=4, n_q=n_q, n_k=n_k, c=32, layout=layout,
+                broadcast="batch")  # fmt: skip
+    inputs = build(case, device)
+    leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves.items()}
+
+    def once() -> list[torch.Tensor]:
+        out = biased_attention(leaves["query"], leaves["key"], leaves["value"], inputs.make_bias(leaves))
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), inputs.cotangents["out"])]
+
+    first = once()
+    for _ in range(300):
+        assert all(map(torch.equal, once(), first))
 
 
 @pytest.mark.gpu

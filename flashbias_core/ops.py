@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,8 @@ from .operands import Operands
 from .output import new_output
 from .signature import signature
 
+# Makes output and LSE of tensors.
+Way = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 # The inputs of `attention` that have gradients, and their positions.
 DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4, "slopes": 5, "values": 8, "table": 9}
 
@@ -55,19 +57,30 @@ def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...
     operands, which are made of its bias, are a part of torch's graph.
     """
     tensors: list[Tensor] = []
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or not is_plain(parts[0].device):
         return make()
     known = signature(parts, tensors)
-    device = tensors[0].device
-    if (
-        known is None
-        or device.type not in ("cpu", "cuda")
-        or torch.is_autocast_enabled(device.type)
-        or not is_unheard(tensors)
-        or has_gradient(tensors)
-    ):
+    if known is None or not is_unheard(tensors) or has_gradient(tensors):
         return make()
     return _backend(parts[0]).again(known, tensors, make)
+
+
+def is_plain(device: torch.device) -> bool:
+    """Whether calls there are what they say: without autocast and forward-mode differentiation."""
+    known = device.type in ("cpu", "cuda")  # torch raises for others, such as meta
+    return known and not torch.is_autocast_enabled(device.type) and forward_ad._current_level < 0
+
+
+def known_way(parts: tuple[Any, ...]) -> tuple[Way | None, list[Tensor]]:
+    """How the call of these parts, which was made by `like_before`, is made from its tensors, and which they are.
+
+    None where each such call is made in a way of its own, or where two of the tensors begin at the same place.
+    """
+    tensors: list[Tensor] = []
+    known = signature(parts, tensors)
+    if known is None or plan.backend(parts[0].device) != "triton":
+        return None, tensors
+    return _backend(parts[0]).known_way(known, tensors), tensors
 
 
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import contiguous, reduced, repeated, room, room_by
+from .replay import contiguous, known_pass, reduced, repeated, room, room_by
 from .terms import Block
 
 DELTA_ROWS = 32
@@ -35,9 +35,17 @@ def again(
     known: Sequence[Hashable], tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """What `make()` gives: output and LSE of a call of these tensors, the first of them query, and all else of it."""
-    devices = [tensor.device for tensor in tensors]  # make() refuses other ones
-    out, lse = repeated(("call", *known, *devices), tensors, make)
+    out, lse = repeated(_of_call(known, tensors), tensors, make)
     return out, lse
+
+
+def known_way(known: Sequence[Hashable], tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Any] | None:
+    """How a call of these tensors that `again` has made is made; None where it is made anew each time."""
+    return known_pass(_of_call(known, tensors), tensors)
+
+
+def _of_call(known: Sequence[Hashable], tensors: Sequence[Tensor]) -> Hashable:
+    return ("call", *known, *[tensor.device for tensor in tensors])  # make() refuses other devices
 
 
 def forward(

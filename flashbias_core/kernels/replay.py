@@ -44,11 +44,8 @@ def repeated(
     if outer is not None:
         outer.making = Making(make, after, len(outer.done))
         return make()  # as a part of the pass that is being made
-    assert inputs[0] is not None
-    device = inputs[0].device
-    key = key, device, _shared(inputs), *[None if tensor is None else geometry(tensor) for tensor in inputs]
-    place = on(device)
-    with _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place:
+    key = _key(key, inputs)
+    with _place(inputs):
         known = _passes.get(key)
         if known is not None:
             return known(inputs)
@@ -62,6 +59,31 @@ def repeated(
             _passes.clear()
         _passes[key] = new.recorded(results)
         return results
+
+
+def known_pass(key: Hashable, inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
+    """How `repeated` makes a pass again, from inputs that lie as these do, each at a place of its own; None if it does
+    not."""
+    known = None if _shared(inputs) else _passes.get(_key(key, inputs))
+    return None if known is None else partial(_again, known)
+
+
+def _again(known: Pass, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    with _place(inputs):
+        return known(inputs)
+
+
+def _key(key: Hashable, inputs: Sequence[Tensor | None]) -> Hashable:
+    assert inputs[0] is not None
+    lies = [None if tensor is None else geometry(tensor) for tensor in inputs]
+    return key, inputs[0].device, _shared(inputs), *lies
+
+
+def _place(inputs: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
+    """Where a pass is made: the device of the first input, in memory as it is."""
+    assert inputs[0] is not None
+    place = on(inputs[0].device)
+    return _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -160,7 +182,7 @@ def with_tensor(description: Description, tensor: Tensor) -> Any:
     return descriptor
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def _start(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor begins, and the size of its elements."""
     return tensor.data_ptr(), tensor.element_size()
 
@@ -260,11 +282,11 @@ class _Writer:
             if tensor is not None:
                 self._known[id(tensor)] = tensor, number
                 if tensor.numel() > 0:  # else it has no place
-                    self._tensors.setdefault(_place(tensor), (tensor, number))
+                    self._tensors.setdefault(_start(tensor), (tensor, number))
 
     def number(self, tensor: Tensor) -> int:
         """Of the object in its place. Raises `KeyError` for a tensor of unknown origin."""
-        return self._tensors[_place(tensor)][1]
+        return self._tensors[_start(tensor)][1]
 
     def add(self, run: Callable[..., Any], arguments: list[Any], result: Tensor | None) -> None:
         """Write the step that runs this."""
@@ -280,8 +302,8 @@ class _Writer:
                 values[place] = objects[number]
             return run(*values)
 
-        if result is not None and _place(result) not in self._tensors:
-            self._tensors[_place(result)] = result, self._keep(step, result)
+        if result is not None and _start(result) not in self._tensors:
+            self._tensors[_start(result)] = result, self._keep(step, result)
         else:
             self.steps.append((step, False))
 
@@ -339,4 +361,4 @@ class _Writer:
 
     def _has_dtype(self, value: Tensor) -> bool:
         """Whether a tensor is read in the dtype of the object; booleans are read as bytes."""
-        return self._tensors[_place(value)][0].dtype == value.dtype
+        return self._tensors[_start(value)][0].dtype == value.dtype

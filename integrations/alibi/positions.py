@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashbias import ALiBi, Bias, DenseBias, biased_attention
+from flashbias import ALiBi, Bias, DenseBias
 from flashbias.integrations import language_models
+from flashbias.prepared import Prepared
 
 
 @dataclass
@@ -28,9 +29,12 @@ class Positions(language_models.Positions):
         """Attention of `(*batch, H, N, C)`, with a layer's own bias if it has one; a single query's has its padding."""
         bias = self.once("bias", self.bias) if bias is None else bias
         mask = self.once("mask", self.mask if self.n_q > 1 else self.causality)
-        out = biased_attention(query, key, value, bias, mask=mask, scale=scale)
-        assert isinstance(out, Tensor)
-        return out
+        known: Prepared | None = self.made.get("attention")
+        if known is None or known.bias is not bias or known.scale != scale:
+            known = Prepared(bias, mask, scale)
+            if not torch.compiler.is_compiling():
+                self.made["attention"] = known
+        return known(query, key, value)
 
     def bias(self) -> Bias:
         """ALiBi of the layers' common slopes."""

@@ -74,14 +74,14 @@ def make_model(alibi: Any, transformers: Any) -> Callable[..., Any]:
 @pytest.fixture
 def calls(alibi: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The shapes of queries and keys, and the mask, of every call of the operator by a replacement."""
-    from flashbias.integrations.alibi import positions
+    from flashbias.prepared import Prepared
 
     made: list[Any] = []
-    operator = positions.biased_attention
+    operator = Prepared.__call__
 
-    def counting(query: Any, key: Any, value: Any, bias: Any, **options: Any) -> Any:
-        made.append((query.shape, key.shape, options["mask"]))
-        return operator(query, key, value, bias, **options)
+    def counting(self: Any, query: Any, key: Any, value: Any) -> Any:
+        made.append((query.shape, key.shape, self.mask))
+        return operator(self, query, key, value)
 
-    monkeypatch.setattr(positions, "biased_attention", counting)
+    monkeypatch.setattr(Prepared, "__call__", counting)
     return made

@@ -17,16 +17,16 @@ FOUR = {"hidden_size": 96}  # head dim 16, whose root is a power of two
 def biases(alibi, monkeypatch):
     """The kinds of bias of all calls of the operator; a call is long from 8 queries on."""
     from flashbias.integrations import language_models
-    from flashbias.integrations.alibi import positions
+    from flashbias.prepared import Prepared
 
     made = []
-    operator = positions.biased_attention
+    operator = Prepared.__call__
 
-    def noting(query, key, value, bias, **options):
-        made.append(type(bias))
-        return operator(query, key, value, bias, **options)
+    def noting(self, query, key, value):
+        made.append(type(self.bias))
+        return operator(self, query, key, value)
 
-    monkeypatch.setattr(positions, "biased_attention", noting)
+    monkeypatch.setattr(Prepared, "__call__", noting)
     monkeypatch.setattr(language_models, "LONG", 8)
     return made
 

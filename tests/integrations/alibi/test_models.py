@@ -243,15 +243,15 @@ def test_a_layer_launches_nothing_that_the_host_does_not_but_the_operator(make_m
 @pytest.mark.parametrize("mask", ["left", "holes"])
 def test_one_query_behind_padding_has_it_in_its_bias(make_model, monkeypatch, transformers, kind, mask):
     """One tensor says what positions, slopes and ids would say, for all layers."""
-    from flashbias.integrations.alibi import positions
+    from flashbias.prepared import Prepared
 
-    given, operator = [], positions.biased_attention
+    given, operator = [], Prepared.__call__
 
-    def noting(query, key, value, bias, *, mask, scale):
-        given.append((bias, mask))
-        return operator(query, key, value, bias, mask=mask, scale=scale)
+    def noting(self, query, key, value):
+        given.append((self.bias, self.mask))
+        return operator(self, query, key, value)
 
-    monkeypatch.setattr(positions, "biased_attention", noting)
+    monkeypatch.setattr(Prepared, "__call__", noting)
     model, ids, cache = make_model(kind), make_ids(3, 11), transformers.DynamicCache()
     mask = make_mask(mask, 3, 11)
     with torch.no_grad():

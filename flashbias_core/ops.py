@@ -57,7 +57,7 @@ def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...
     operands, which are made of its bias, are a part of torch's graph.
     """
     tensors: list[Tensor] = []
-    if torch.compiler.is_compiling() or not is_plain(parts[0].device):
+    if torch.compiler.is_compiling() or not is_plain(parts[0].device.type):
         return make()
     known = signature(parts, tensors)
     if known is None or not is_unheard(tensors) or has_gradient(tensors):
@@ -65,10 +65,10 @@ def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...
     return _backend(parts[0]).again(known, tensors, make)
 
 
-def is_plain(device: torch.device) -> bool:
-    """Whether calls there are what they say: without autocast and forward-mode differentiation."""
-    known = device.type in ("cpu", "cuda")  # torch raises for others, such as meta
-    return known and not torch.is_autocast_enabled(device.type) and forward_ad._current_level < 0
+def is_plain(kind: str) -> bool:
+    """Whether calls on such a device are what they say: without autocast and forward-mode differentiation."""
+    known = kind in ("cpu", "cuda")  # torch raises for others, such as meta
+    return known and not torch.is_autocast_enabled(kind) and forward_ad._current_level < 0
 
 
 def known_way(parts: tuple[Any, ...]) -> tuple[Way | None, list[Tensor]]:

@@ -30,9 +30,9 @@ class Prepared:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Output `(*batch, H, Nq, Cv)`; arguments and errors as of `biased_attention`."""
         own = query, key, value
-        if torch.is_grad_enabled() or not is_unheard(own) or not ops.is_plain(query.device):
+        if torch.is_grad_enabled() or not is_unheard(own) or not ops.is_plain("cuda" if query.is_cuda else "cpu"):
             return self._attend(own)
-        lie = [(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in own]
+        lie = [(x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in own]
         if self._way is not None and lie == self._lie:
             return self._way((*own, *self._others))[0]
         out = self._attend(own)

@@ -22,6 +22,7 @@ from .geometry import geometry
 
 PASSES = 2048  # at most, each of a few kilobytes
 PLAIN = {type(None), bool, int, float, str}
+HERE = nullcontext()
 _passes: dict[Hashable, Pass | None] = {}
 _thread = threading.local()
 
@@ -45,10 +46,10 @@ def repeated(
         outer.making = Making(make, after, len(outer.done))
         return make()  # as a part of the pass that is being made
     key = _key(key, inputs)
+    known = _passes.get(key)
+    if known is not None:
+        return _again(known, inputs)
     with _place(inputs):
-        known = _passes.get(key)
-        if known is not None:
-            return known(inputs)
         if key in _passes:
             return make()
         new = Recorder(inputs)
@@ -68,8 +69,11 @@ def known_pass(key: Hashable, inputs: Sequence[Tensor]) -> Callable[[Sequence[Te
     return None if known is None else partial(_again, known)
 
 
-def _again(known: Pass, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    with _place(inputs):
+def _again(known: Pass, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    place = _place(inputs)
+    if place is HERE:
+        return known(inputs)
+    with place:
         return known(inputs)
 
 
@@ -89,7 +93,7 @@ def _place(inputs: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """A device as the current one."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
+    return torch.cuda.device(device) if elsewhere else HERE
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import replay
-from .replay import Recorder
+from .passes import Recorder
 
 
 class Survey(Recorder):

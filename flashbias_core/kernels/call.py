@@ -30,7 +30,8 @@ from .columns import score_columns
 from .compiled import Known, kind, kinds, size_kind
 from .geometry import Geometry, geometry
 from .layout import Axes, Layout
-from .replay import contiguous, done, with_tensor, without_tensor
+from .passes import with_tensor, without_tensor
+from .replay import contiguous, done
 from .rows import are_abreast, in_rows
 from .terms import Block, Masks, Terms
 

@@ -104,6 +104,7 @@ class Recorder:
                 "wgmma": "wgmma" in compiled.asm["ptx"],
                 "serial": source_of(self.kernel) is not ASTSource and is_serial(compiled.asm["ptx"]),
                 "flipped": flips_products(compiled.asm["ptx"]),
+                "early": self.kernel.__name__ == "forward_teams_kernel" and gives_back_early(compiled.asm["cubin"]),
             }
         )  # fmt: skip
 
@@ -134,6 +135,37 @@ def flips_products(ptx: str) -> bool:
     places = re.findall(r"wgmma\.mma_async\S* \{([^}]*)\}", ptx)
     flipped = re.findall(r"xor\.b32\s+%\w+, (%\w+), -2147483648", ptx)
     return not set(flipped).isdisjoint(re.findall(r"%\w+", " ".join(places)))
+
+
+def gives_back_early(cubin: bytes) -> bool:
+    """Whether a warp comes to the barrier before which a room is given back with loads from shared memory under way.
+
+    A copy into that room might overtake them. A load has arrived once one of its registers is used; a fence waits for
+    all.
+    """
+    under_way: list[set[str]] = []
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", disassembled(cubin)):
+        name, _, operands = re.sub(r"^@!?U?P\d+ ", "", line).partition(" ")
+        target, *sources = operands.split(",")
+        used = {place for source in sources for place in re.findall(r"\bR\d+\b", source)}
+        under_way = [load for load in under_way if load.isdisjoint(used)]
+        if name.startswith(("FENCE", "MEMBAR")):
+            under_way.clear()
+        if name.startswith("LDSM"):
+            first = int(target.strip()[1:])
+            under_way.append({f"R{first + i}" for i in range(int(name.rpartition(".")[2]))})
+        if name.startswith("BAR.SYNC") and under_way:
+            return True
+    return False
+
+
+def disassembled(cubin: bytes) -> str:
+    """The instructions of a kernel, by the disassembler that triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def resources(cubin: bytes, ptx: str) -> tuple[int, int]:

@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 from . import ops
 from .biases import Bias, DenseBias, FactoredBias
 from .checks import check_tensor
+from .direct import AUTOCAST
 from .errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from .masks import Both, Causal, Mask, as_mask
 from .operands import gather
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-AUTOCAST = ("cpu", "cuda")  # torch raises for devices that have none, such as meta
 
 
 def biased_attention(

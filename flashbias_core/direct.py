@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AUTOCAST = ("cpu", "cuda")  # torch raises for devices that have none, such as meta
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 

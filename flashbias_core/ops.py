@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import plan
-from .direct import has_gradient, is_unheard
+from .direct import AUTOCAST, has_gradient, is_unheard
 from .errors import UnsupportedError
 from .operands import Operands
 from .output import new_output
@@ -67,8 +67,7 @@ def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...
 
 def is_plain(kind: str) -> bool:
     """Whether calls on such a device are what they say: without autocast and forward-mode differentiation."""
-    known = kind in ("cpu", "cuda")  # torch raises for others, such as meta
-    return known and not torch.is_autocast_enabled(kind) and forward_ad._current_level < 0
+    return kind in AUTOCAST and not torch.is_autocast_enabled(kind) and forward_ad._current_level < 0
 
 
 def known_way(parts: tuple[Any, ...]) -> tuple[Way | None, list[Tensor]]:

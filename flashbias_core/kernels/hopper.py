@@ -21,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashbias import plan
 from flashbias.tiles import Tiles
 
-from .call import Axes, Call
+from .call import Call
 from .hopper_load import load, task_at
 from .hopper_softmax import scale_queries, softmax, start_scores, sums
 from .teams import (
@@ -325,6 +325,6 @@ def written(call: Call, tiles: Tiles, out: Tensor, abreast: bool) -> TensorDescr
     """The output as it is written by tiles; None where threads write it."""
     if not (abreast and call.frame.traits["DENSE"]):
         return None
-    block = call.frame.layout.block(out, Axes())
+    block = call.frame.layout.block(out)
     lie = call.lie(block)
     return None if lie is None else descriptor(call, block, lie, tiles.block_m, call.frame.constants["WIDTH_V"])

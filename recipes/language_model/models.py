@@ -181,10 +181,14 @@ def prefills(model: Any, tokens: int, device: str, full: Collection[str] = ()) -
     alive = [attention for attention, row in rows.items() if not row["reason"]]
     times: dict[str, list[float]] = {attention: [] for attention in alive}
     turns = REPEATS
-    while alive and min(map(len, times.values())) < turns:
+    while alive and min(len(times[attention]) for attention in alive) < turns:
         for attention in alive:
-            times[attention] += prefill(model, attention, tokens, device)
-        shortest = min(map(statistics.median, times.values()))
+            try:
+                times[attention] += prefill(model, attention, tokens, device)
+            except Exception as failure:
+                rows[attention]["reason"] = reason(failure)
+        alive = [attention for attention in alive if not rows[attention]["reason"]]
+        shortest = min((statistics.median(times[attention]) for attention in alive), default=ENOUGH)
         turns = min(max(int(ENOUGH / max(shortest, 1e-3)), REPEATS), MOST)
     for attention in alive:
         rows[attention]["milliseconds"] = round(statistics.median(times[attention]), 3)

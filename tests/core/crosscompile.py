@@ -144,7 +144,7 @@ def gives_back_early(cubin: bytes) -> bool:
     all.
     """
     under_way: list[set[str]] = []
-    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", disassembled(cubin)):
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", cuobjdump("-sass", cubin)):
         name, _, operands = re.sub(r"^@!?U?P\d+ ", "", line).partition(" ")
         target, *sources = operands.split(",")
         used = {place for source in sources for place in re.findall(r"\bR\d+\b", source)}
@@ -159,25 +159,21 @@ def gives_back_early(cubin: bytes) -> bool:
     return False
 
 
-def disassembled(cubin: bytes) -> str:
-    """The instructions of a kernel, by the disassembler that triton ships."""
+def cuobjdump(option: str, cubin: bytes) -> str:
+    """What the disassembler that triton ships says of a kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def resources(cubin: bytes, ptx: str) -> tuple[int, int]:
-    """Registers per thread and bytes of spilled ones, from the disassembler that triton ships.
+    """Registers per thread and bytes of spilled ones.
 
     The stack of a kernel holds what is spilled, and variables that the PTX declares in local memory, if any.
     """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    text = cuobjdump("-res-usage", cubin)
     usage = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     assert ".local" not in ptx, "the stack is not of spills alone"
     return usage["REG"], usage["STACK"] + usage["LOCAL"]

@@ -111,14 +111,15 @@ def test_rows_are_replaced_one_by_one_whatever_columns_they_have(tmp_path):
     ]  # fmt: skip
 
 
-def test_longer_prompts_are_not_tried_where_a_shorter_one_did_not_fit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["peak", "prefill"])
+def test_longer_prompts_are_not_tried_where_a_shorter_one_did_not_fit(tmp_path, monkeypatch, part):
     pytest.importorskip("transformers")
     monkeypatch.setattr(models, "CHECKED", 40)
 
     def full(model, attention, tokens, device):
         raise torch.OutOfMemoryError(f"{tokens} tokens")
 
-    monkeypatch.setattr(models, "peak", full)
+    monkeypatch.setattr(models, part, full)
     models.run(["tiny-bloom"], [32, 64], 0, None, "cpu", tmp_path)
     reasons = [row["reason"] for row in read(tmp_path / "language_model_models.csv")]
     assert reasons == ["OutOfMemoryError: 32 tokens"] * 3 + ["a shorter prompt: OutOfMemoryError"] * 3

@@ -32,6 +32,7 @@ from .teams import (
     batch_row,
     columns,
     descriptor,
+    following,
     inputs,
     launch,
     load_bias,
@@ -128,11 +129,7 @@ def compute_task(
         for i_tile in range(begin, end):
             # The order matters: ptxas forms products one by one where it sees their registers used among them.
             n_first = (n_tiles - 1 - i_tile) * BLOCK_N
-            next_slot = slot + 1
-            next_phase = phase
-            if next_slot == STAGES:
-                next_slot = 0
-                next_phase = phase ^ 1
+            next_slot, next_phase = following(slot, phase, STAGES)
             b_weights = unpack(b_pairs, DTYPE, WEIGHTS)
             mbarrier.wait(k_ready.index(next_slot), next_phase)
             b_next = start_scores(rooms, i_team, next_slot, b_zero, TEAMS, CHUNKS, DENSE)
@@ -187,10 +184,7 @@ def compute_task(
     else:
         p_out = out + row_place(i_bh, o_m, n_q, n_heads, ABREAST) * C_V + o_c
         gl.store(p_out, b_out, mask=(o_m < n_q) & (o_c < C_V))
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-        phase ^= 1
+    slot, phase = following(slot, phase, STAGES)
     return slot, phase, q_phase ^ 1
 
 

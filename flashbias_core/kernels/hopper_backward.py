@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from .teams import matrix, start_copy
+from .teams import following, matrix, start_copy
 
 
 @gluon.jit
@@ -52,10 +52,7 @@ def load(
             start_copy(passing[2], i_o, i_i, i_h, first, i * CHUNK, bar, room)
         if GRADIENT_RANK > 0:
             start_copy(passing[3], i_o, i_i, i_h, first, 0, bar, rooms[3].index(slot))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = following(slot, phase, STAGES)
 
 
 @gluon.jit

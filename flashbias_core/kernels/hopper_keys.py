@@ -27,6 +27,7 @@ from .teams import (
     batch_row,
     columns,
     floats,
+    following,
     gradients,
     inputs,
     launch,
@@ -106,13 +107,9 @@ def compute(
         begin = 1 if part == 0 else n_checked
         end = n_checked if part == 0 else n_tiles
         for i_tile in range(begin, end):
-            # The order matters, as in `hopper.compute`.
+            # The order matters, as in `hopper.compute_task`.
             m_first = m_begin + i_tile * BLOCK_M
-            next_slot = slot + 1
-            next_phase = phase
-            if next_slot == STAGES:
-                next_slot = 0
-                next_phase = phase ^ 1
+            next_slot, next_phase = following(slot, phase, STAGES)
             b_level, b_delta = load_statistics(level, delta, i_bh, n_q, m_first + o_m)
             b_left = unpack(b_ds, DTYPE, LEFT)
             b_weights = unpack(b_pairs, DTYPE, LEFT_V)

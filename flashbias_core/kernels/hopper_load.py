@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .teams import batch_row, part, start_copy
+from .teams import batch_row, following, part, start_copy
 
 
 @gluon.jit
@@ -67,10 +67,7 @@ def load_task(
             if DENSE:
                 i_o, i_i = batch_row(i_b + i, n_inner)
             start_copy(v, i_o, i_i, i_kv, first, 0, v_ready.index(slot), rooms[2].index(slot * ROWS + i))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = following(slot, phase, STAGES)
     return slot, phase, q_phase ^ 1
 
 

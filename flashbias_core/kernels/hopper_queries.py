@@ -29,6 +29,7 @@ from .teams import (
     batch_row,
     columns,
     floats,
+    following,
     gradients,
     in_parts,
     inputs,
@@ -168,7 +169,7 @@ def compute(
     b_d_slopes = b_excess
     b_mean_distance = b_excess
 
-    # The last tile comes first, as in `hopper.compute`.
+    # The last tile comes first, as in `hopper.compute_task`.
     n_first = (n_tiles - 1) * BLOCK_N
     mbarrier.wait(k_ready.index(0), 0)
     b_s, b_dp = start_products(own_rooms, rooms, 0, b_zero, CHUNKS)
@@ -192,13 +193,9 @@ def compute(
         begin = 1 if part == 0 else n_checked
         end = n_checked if part == 0 else n_tiles
         for i_tile in range(begin, end):
-            # The order matters, as in `hopper.compute`.
+            # The order matters, as in `hopper.compute_task`.
             n_first = (n_tiles - 1 - i_tile) * BLOCK_N
-            next_slot = slot + 1
-            next_phase = phase
-            if next_slot == STAGES:
-                next_slot = 0
-                next_phase = phase ^ 1
+            next_slot, next_phase = following(slot, phase, STAGES)
             b_left = unpack(b_ds, DTYPE, LEFT)
             if GRADIENT_RANK > 0:
                 b_left_c = unpack(b_ds, DTYPE, LEFT_C)

@@ -24,6 +24,7 @@ from .teams import (
     barriers,
     batch_row,
     floats,
+    following,
     gradients,
     inputs,
     launch,
@@ -62,10 +63,7 @@ def load(tensors, rooms, ready, free, place):
         start_copy(d_out, i_o, i_i, i_h, m_first, 0, bar, rooms[1].index(slot))
         start_copy(k, i_o, i_i, i_h // group, n_first, 0, bar, rooms[2].index(slot))
         start_copy(v, i_o, i_i, i_h // group, n_first, 0, bar, rooms[3].index(slot))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = following(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -99,10 +97,7 @@ def compute(rooms, ready, free, place, statistics, d_values, sizes):
         b_x = floats(b_bias) * LOG2_E + gl.expand_dims(minus(b_level), 1)
         b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, to_log2), b_x))
         b_sum = gl.fma(b_p, b_dp - gl.expand_dims(b_delta, 1), b_sum)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = following(slot, phase, STAGES)
     o_m = gl.expand_dims(o_m, 1)
     o_n = gl.expand_dims(n_first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
     p_values = d_values + (i_written * n_q + o_m) * n_k + o_n

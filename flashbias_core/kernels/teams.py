@@ -117,6 +117,16 @@ def room_of(slot, i_team, TEAMS: gl.constexpr, DENSE: gl.constexpr):
 
 
 @gluon.jit
+def following(slot, phase, STAGES: gl.constexpr):
+    """The slot after this one, and the phase of its barriers: another one from round to round."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
 def load_bias(rooms, slot, LAYOUT: gl.constexpr, TURNED: gl.constexpr):
     """A tile of a dense bias, queries by keys or, TURNED, keys by queries."""
     tile = matrix(rooms, slot)

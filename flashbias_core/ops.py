@@ -71,13 +71,14 @@ def is_plain(kind: str) -> bool:
 
 
 def known_way(parts: tuple[Any, ...]) -> tuple[Way | None, list[Tensor]]:
-    """How the call of these parts, which was made by `like_before`, is made from its tensors, and which they are.
+    """How a plain call of these parts, without gradients, is made from its tensors, and which they are.
 
-    None where each such call is made in a way of its own, or where two of the tensors begin at the same place.
+    None where `like_before` has made none like it, where each is made in a way of its own, or where two of the tensors
+    begin at the same place.
     """
     tensors: list[Tensor] = []
     known = signature(parts, tensors)
-    if known is None or plan.backend(parts[0].device) != "triton":
+    if known is None or not is_unheard(tensors) or plan.backend(parts[0].device) != "triton":
         return None, tensors
     return _backend(parts[0]).known_way(known, tensors), tensors
 

@@ -19,7 +19,8 @@ class Prepared:
     """`biased_attention(query, key, value, bias, mask=mask, scale=scale)`, for many calls of which most are alike.
 
     Without gradients, a call whose tensors lie in memory as those of the last one did is made again at once: of all
-    that it depends on only these three are looked at. Bias and mask, and the tensors in them, must stay what they are.
+    that it depends on only these three are looked at. So is the first, where the operator has made one like it.
+    Bias and mask, and the tensors in them, must stay what they are.
     """
 
     def __init__(self, bias: Bias | None, mask: Mask | None, scale: float | None) -> None:
@@ -34,12 +35,11 @@ class Prepared:
         if torch.is_grad_enabled() or not is_unheard(own) or not ops.is_plain("cuda" if query.is_cuda else "cpu"):
             return self._attend(own)
         lie = [(*geometry(x), x.get_device()) for x in own]
-        if self._way is not None and lie == self._lie:
-            return self._way((*own, *self._others))[0]
-        out = self._attend(own)
-        self._way, tensors = ops.known_way((*own, self.bias, self.mask, False, self.scale))
-        self._lie, self._others = lie, tensors[len(own) :]
-        return out
+        if self._way is None or lie != self._lie:
+            self._lie = lie
+            self._way, tensors = ops.known_way((*own, self.bias, self.mask, False, self.scale))
+            self._others = tensors[len(own) :]
+        return self._attend(own) if self._way is None else self._way((*own, *self._others))[0]
 
     def _attend(self, own: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         out = biased_attention(*own, self.bias, mask=self.mask, scale=self.scale)

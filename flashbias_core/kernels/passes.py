@@ -195,8 +195,16 @@ class _Writer:
             first, rest = makes[0], value[1:]
             if first and not any(makes[1:]):  # a block
                 return lambda objects: tuple.__new__(kind, (first(objects), *rest))
-            parts = [(make, None if make else part) for make, part in zip(makes, value, strict=True)]
-            return lambda objects: tuple.__new__(kind, [make(objects) if make else part for make, part in parts])
+            places = [(place, make) for place, make in enumerate(makes) if make]
+            parts = [None if make else part for make, part in zip(makes, value, strict=True)]
+
+            def filled(objects: list[Any]) -> Any:
+                values = parts.copy()
+                for place, make in places:
+                    values[place] = make(objects)
+                return tuple.__new__(kind, values)
+
+            return filled
         if hasattr(value, "base"):  # a tensor descriptor
             number, like = self.number(value.base), without_tensor(value)
             return lambda objects: with_tensor(like, objects[number])

@@ -27,10 +27,10 @@ class Positions(language_models.Positions):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Bias | None = None) -> Tensor:
         """Attention of `(*batch, H, N, C)`, with a layer's own bias if it has one; a single query's has its padding."""
-        bias = self.once("bias", self.bias) if bias is None else bias
-        mask = self.once("mask", self.mask if self.n_q > 1 else self.causality)
         known: Prepared | None = self.made.get("attention")
-        if known is None or known.bias is not bias or known.scale != scale:
+        if known is None or known.scale != scale or known.bias is not (bias or self.made.get("bias")):
+            bias = self.once("bias", self.bias) if bias is None else bias
+            mask = self.once("mask", self.mask if self.n_q > 1 else self.causality)
             known = Prepared(bias, mask, scale)
             if not torch.compiler.is_compiling():
                 self.made["attention"] = known

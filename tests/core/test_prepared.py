@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashbias import ALiBi, Causal, DenseBias, biased_attention
 from flashbias.errors import ShapeError
+from flashbias.kernels import replay
 from flashbias.prepared import Prepared
 
 HEADS, N = 2, 20
@@ -20,6 +21,7 @@ HEADS, N = 2, 20
 def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> bool:
     """Whether calls are passes of kernels, which can be made again: not on a CPU."""
     monkeypatch.setenv("FLASHBIAS_BACKEND", request.param)
+    replay.forget()
     return request.param == "triton" or device == "cuda"
 
 
@@ -59,6 +61,16 @@ def test_the_same_bits_as_by_the_operator(how: str, known: bool, device: str) ->
             out, at_once = made(prepared, own)
             assert torch.equal(out, biased_attention(*own, bias, mask=mask, scale=scale))
             assert at_once == (known and i > 0)
+
+
+def test_a_first_call_is_made_at_once_where_the_operator_has_made_one_like_it(known: bool, device: str) -> None:
+    bias, own = ALiBi(draw(device, HEADS)), inputs(device)
+    with torch.no_grad():
+        expected = biased_attention(*own, bias, mask=Causal(), scale=0.3)
+        out, at_once = made(Prepared(bias, Causal(), 0.3), own)
+        assert at_once == known
+        assert torch.equal(out, expected)
+        assert not made(Prepared(bias, Causal(), 0.4), own)[1]
 
 
 def test_what_lies_otherwise_is_looked_at_anew(device: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashbias import DenseBias, biased_attention, reference
-from flashbias.kernels import call, rows
+from flashbias.kernels import ahead, call, rows
 from flashbias.testing import assert_as_accurate, eager
 
 
@@ -44,7 +44,13 @@ def test_others_are_none_of_these(device: str) -> None:
 @pytest.mark.parametrize("n", [20, 33])
 def test_attention_reads_them_through_that_copy(n: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     made = []
-    monkeypatch.setattr(call, "in_rows", lambda values, width: made.append(width) or rows.in_rows(values, width))
+
+    def noted(values: torch.Tensor, width: int) -> torch.Tensor:
+        if not ahead.is_surveying():  # on a GPU the first call is gone through once more to find its kernels
+            made.append(width)
+        return rows.in_rows(values, width)
+
+    monkeypatch.setattr(call, "in_rows", noted)
     for _ in range(2):  # the second call is made from notes
         q, k, v = torch.randn(3, 2, 4, n, 16, device=device).half()
         values = pairs(4, n, n, torch.float16, device)

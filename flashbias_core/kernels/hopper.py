@@ -77,6 +77,8 @@ def compute_task(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
     IN_PARTS: gl.constexpr = CHUNKS == 0 and WIDTH_V <= 32  # else the parts take registers that are needed
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    # Whether tiles that are checked have a loop of their own, which takes longer to compile, or a branch in the loop.
+    APART: gl.constexpr = not CAUSAL or not SLOPES or WIDTH_V <= 32
 
     mbarrier.wait(q_ready.index(i_team), q_phase)
     if not FOLDED:  # columns are not over the unit: scores are as they are, over 1
@@ -117,14 +119,14 @@ def compute_task(
     mbarrier.arrive(k_free.index(slot), count=1)
     b_tail, b_max, _ = softmax(
         b_tail, b_tail_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_tail_steps,
-        o_last - n_first, unit, to_log2, SLOPES, DENSE, not WHOLE,
+        o_last - n_first, unit, to_log2, SLOPES, DENSE, not WHOLE, True,
     )  # fmt: skip
     b_max = gl.convert_layout(b_max, ROWS, assert_trivial=True)
     b_sum = sums(b_tail, SUMS, IN_PARTS)
     b_pairs = pack(widened(b_tail, BLOCK_N, SCORES), DTYPE)
 
-    for half in gl.static_range(0 if CAUSAL else 1, 2):  # without a diagonal only the first tile is checked
-        begin = 1 if half == 0 else n_checked
+    for half in gl.static_range(0 if CAUSAL and APART else 1, 2):
+        begin = n_checked if APART and half == 1 else 1
         end = n_checked if half == 0 else n_tiles
         for i_tile in range(begin, end):
             # The order matters: ptxas forms products one by one where it sees their registers used among them.
@@ -142,7 +144,7 @@ def compute_task(
                 mbarrier.arrive(k_free.index(next_slot), count=1)
             b_p, b_max, b_rescale = softmax(
                 b_s, b_bias, b_max, slope, slope * (n_first - m_first - offset).to(gl.float32), b_steps,
-                o_last - n_first, unit, to_log2, SLOPES, DENSE, half == 0,
+                o_last - n_first, unit, to_log2, SLOPES, DENSE, half == 0 or not APART, APART or i_tile < n_checked,
             )  # fmt: skip
             b_less = gl.convert_layout(b_rescale, gl.SliceLayout(1, SUMS), assert_trivial=True)
             b_sum = b_sum * (gl.expand_dims(b_less, 1) if IN_PARTS else b_less) + sums(b_p, SUMS, IN_PARTS)

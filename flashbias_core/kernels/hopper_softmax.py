@@ -39,17 +39,17 @@ def scale_queries(rooms, i_team, unit, TEAMS: gl.constexpr):
 @gluon.jit
 def softmax(
     b_s, b_bias, b_max, slope, ahead, b_steps, b_last, unit, to_log2,
-    SLOPES: gl.constexpr, DENSE: gl.constexpr, CHECK: gl.constexpr,
+    SLOPES: gl.constexpr, DENSE: gl.constexpr, CHECK: gl.constexpr, is_cut,
 ):  # fmt: skip
     """Weights of a tile, the new maximum of each row, and what sums over earlier tiles are to be multiplied by.
 
-    `b_last` is how far into the tile a query attends: looked at where CHECK.
+    `b_last` is how far into the tile a query attends: looked at where CHECK, and `is_cut`.
     """
     if DENSE:
         b_s = gl.fma(floats(b_bias), gl.full_like(b_s, 1 / unit), b_s)
     if SLOPES:
         b_s = gl.fma(gl.full_like(b_s, slope), b_steps + gl.zeros_like(b_s), b_s)
-    if CHECK:
+    if CHECK and is_cut:
         b_s = gl.where(b_steps <= b_last, b_s, float("-inf"))
     b_new = gl.maximum(b_max, gl.max(b_s, 1) + ahead if SLOPES else gl.max(b_s, 1))
     b_shift = b_new

@@ -21,6 +21,8 @@ TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tenso
 EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
 REGISTERS = 1 << 16  # of a processor
 ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
+# Devices with half as many units of float64 as of fp32, where others have few, and since when triton uses them well.
+DOUBLES = {(8, 0): (3, 6), (9, 0): (3, 6), (10, 0): (3, 9)}
 PART = 512  # keys that a program gets at least where several share a tile's
 
 
@@ -57,7 +59,7 @@ def _has_triton() -> bool:
 
 
 def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Mapping[str, Any]) -> Tiles:
-    """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values").
+    """The tiles of the kernel `kind` ("forward", "queries", "keys" or "values"; "double ...": where in float64).
 
     `constants` are those of the kernel, and what else there is: FEW (`FEW` queries or fewer), DENSE (a dense bias),
     LONG (without one, `LONG` keys or more), TABLE (a bias by distance), ALLOWED (a boolean mask), POSITIONS (given
@@ -175,6 +177,21 @@ def precision(dtype: torch.dtype, width: int, device: torch.device) -> str:
 def has_bf16x6(device: torch.device) -> bool:
     """Whether a product of fp32 can be formed by six of bf16: in triton since 3.6, not in its interpreter."""
     return device.type == "cuda" and triton_version() >= (3, 6)
+
+
+@cache
+def has_doubles(device: torch.device) -> bool:
+    """Whether gradients that are few sums over everything get scores in float64 where inputs are fp32.
+
+    They miss the accuracy bound wherever an eager computation errs by chance less than it mostly does, unless their
+    errors are several times smaller.
+    """
+    return doubles_on(_capability(device)) if device.type == "cuda" else triton_version() >= (3, 6)
+
+
+def doubles_on(capability: tuple[int, int]) -> bool:
+    """Whether float64 is fast on devices of that compute capability."""
+    return capability in DOUBLES and triton_version() >= DOUBLES[capability]
 
 
 @cache

@@ -89,6 +89,14 @@ def load_statistics(level, delta, low, i_bh, o_row, n_q):
 
 
 @triton.jit
+def whole_unit(unit, unit_rest):
+    """The unit in float64 where it is given what fp32 leaves of it, else as it is."""
+    if unit_rest is not None:
+        unit = tl.cast(unit, tl.float64) + unit_rest
+    return unit
+
+
+@triton.jit
 def score_gradient(b_p, b_dp, b_delta, b_delta_low, EXACT: tl.constexpr):
     """`dS = P * (dP - delta)`."""
     b_dp -= b_delta

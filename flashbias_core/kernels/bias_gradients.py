@@ -21,7 +21,7 @@ from .values import sum_parts_kernel, values_kernel
 
 SUM_ENTRIES = 1024
 BAND = TABLE_BAND.value
-BAND_ENTRIES = 1 << 26  # of bands of dS in memory at a time
+BAND_BYTES = 1 << 28  # of bands of dS in memory at a time
 
 
 def values_gradient(
@@ -67,9 +67,13 @@ def _sum_of_parts(parts: Tensor, shape: torch.Size, dtype: torch.dtype, call: Ca
 
 
 def table_gradient(
-    query: Tensor, n_k: int, operands: Operands, far: tuple[Tensor | None, ...], call: Call, statistics: dict[str, Any]
-) -> Tensor:
-    """The gradient of a table by distance, in its shape; `far` are the sums `(*batch, H)` beyond its reach."""
+    query: Tensor, n_k: int, operands: Operands, far: tuple[Tensor | None, ...], call: Call,
+    statistics: dict[str, Any], unit_rest: float | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of a table by distance, in its shape; `far` are the sums `(*batch, H)` beyond its reach.
+
+    With `unit_rest`, what fp32 leaves of the unit, from scores in float64.
+    """
     table, layout, n_q = operands.table, call.frame.layout, query.shape[-2]
     assert table is not None
     full = layout.outer, layout.inner, layout.heads
@@ -83,18 +87,20 @@ def table_gradient(
     near = near.clamp(min=-last_band) if isinstance(near, Tensor) else max(near, -last_band)
     # As many columns as `near_keys` has at any offset; under a causal mask those behind are not attended to.
     width = plan.cdiv(min((1 if operands.causal else 2) * reach + 3 * BAND, n_k + last_band), BAND) * BAND
-    step = max(BAND_ENTRIES // (math.prod(own) * BAND**2), 1) * BAND
-    tiles = call.tiles("values", query)
+    double = unit_rest is not None
+    dtype = torch.float64 if double else torch.float32
+    step = max(BAND_BYTES // (dtype.itemsize * math.prod(own) * BAND**2), 1) * BAND
+    tiles = call.tiles("double values" if double else "values", query)
     total = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
     for start in range(0, width, step):
         columns = min(step, width - start)
         programs = math.prod(own) * (BAND // tiles.block_m) * (columns // tiles.block_n)
         splits = plan.splits(programs, math.prod(shared) * plan.cdiv(n_q, BAND), query.device)
-        bands = room(query, (splits, *own, BAND, columns), torch.float32)
+        bands = room(query, (splits, *own, BAND, columns), dtype)
         call.launch(
             table_kernel, (programs * splits, 1), tiles, d_bands=bands, n_outer_shared=shared[0],
             n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, start=start, width=columns,
-            **statistics,
+            unit_rest=unit_rest, **statistics,
         )  # fmt: skip
         sums = sum_diagonals(bands.sum(0)).reshape(*layout.unfolded(own), -1)
         total += reduce_to(fold(sums.double(), near + start - (BAND - 1) - offset, table.shape[-1]), table.shape)

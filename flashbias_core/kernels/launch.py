@@ -29,6 +29,7 @@ DELTA_ROWS = 32
 WIDE = 128  # features
 NUMBERS = ("symmetric", "causal", "offset")  # of the operands, the last ones
 FEW_COLUMNS = 4
+TOTALS = {"slopes", "table"}  # inputs of which few numbers have sums over all scores as gradients
 
 
 def again(
@@ -156,20 +157,36 @@ def _gradients(
     if given.out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
     exact = query.dtype == torch.float32
-    better = exact or bool(names & {"slopes", "table"})
-    # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
-    better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
-    # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
-    better |= "values" in names and value.shape[-1] > WIDE
-    gradients: dict[str, Tensor | None] = {}
     call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
     level, delta = (room(query, rows, torch.float32) for _ in range(2))
     low = Low(*(room(query, rows, torch.float32, zeros=True) for _ in range(2))) if exact else None
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
+    totals = names & TOTALS if exact and plan.has_doubles(query.device) else set()
+    unit_rest = scale - torch.tensor(scale, dtype=torch.float32).item()
+    gradients: dict[str, Tensor | None] = {}
+    # Each by itself: statistics are those of the scores that a pass has, so that their errors cancel.
+    for some, rest in ((names - totals, None), (totals, unit_rest)):
+        if some:
+            gradients |= _pass(given, query, key, value, operands, some, values_dtype, call, statistics, rest)
+    gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
+    return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
+
+
+def _pass(
+    given: Forward, query: Tensor, key: Tensor, value: Tensor, operands: Operands, names: set[str],
+    values_dtype: torch.dtype | None, call: Call, statistics: dict[str, Any], unit_rest: float | None,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """Gradients of `names`, for each query head; from scores in float64 with what fp32 leaves of the unit."""
+    better = statistics["low"] is not None or bool(names & TOTALS)
+    # Where few columns make up a bias, what rows of dS lack of a sum of zero weighs most in their gradient.
+    better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
+    # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
+    better |= "values" in names and value.shape[-1] > WIDE
+    gradients: dict[str, Tensor | None] = {}
     # First the queries' side, which improves the statistics for the others where their gradients need it.
     if better or names & {"query", "q_factor"}:
-        gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better)
+        gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better, unit_rest)
     else:
         _make_statistics(query, given, call, statistics)
     if names & {"key", "value", "k_factor"}:
@@ -179,9 +196,8 @@ def _gradients(
         gradients["values"] = values_gradient(query, key.shape[-2], operands.values, dtype, call, statistics)
     if "table" in names and operands.table is not None:
         far = gradients["before"], gradients["behind"]
-        gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics)
-    gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
-    return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
+        gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics, unit_rest)
+    return {name: gradients[name] for name in names}
 
 
 def _as_made(out: Tensor, query: Tensor) -> Tensor:
@@ -204,9 +220,12 @@ def _make_statistics(query: Tensor, given: Forward, call: Call, statistics: dict
 
 def _query_side(
     query: Tensor, k_factor: Tensor | None, given: Forward, names: set[str], call: Call,
-    statistics: dict[str, Any], better: bool,
+    statistics: dict[str, Any], better: bool, unit_rest: float | None,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    """Statistics, gradients of queries, of their factor and of slopes; `better` than the dtype of the queries is."""
+    """Statistics, gradients of queries, of their factor and of slopes; `better` than the dtype of the queries is.
+
+    With `unit_rest`, what fp32 leaves of the unit, from scores in float64.
+    """
     factor = k_factor if "q_factor" in names else None
     teams = _teams("queries" if factor is None else "q_factor", query, factor, call, statistics)
     if teams:
@@ -214,18 +233,19 @@ def _query_side(
         if by_teams:
             return by_teams
     _make_statistics(query, given, call, statistics)
-    tiles = call.tiles("queries", query)
+    double = unit_rest is not None
+    tiles = call.tiles("double queries" if double else "queries", query)
     side = _columns(factor, query, tiles)
     d_query = room(query, query.shape) if "query" in names else None
-    d_slopes = _per_row(query) if "slopes" in names else None
-    d_far = Far(_per_row(query), _per_row(query)) if "table" in names else Far(None, None)
+    d_slopes = _per_row(query, double) if "slopes" in names else None
+    d_far = Far(_per_row(query, double), _per_row(query, double)) if "table" in names else Far(None, None)
     made: dict[str, Any] = {"d_query": d_query, "d_slopes": d_slopes, "d_far": d_far if "table" in names else None}
     parts: list[Tensor] = []
     for start, stop in _slices(side):
         part = room(query, (*query.shape[:-1], stop - start), torch.float32) if stop else None
         call.launch(
             queries_kernel, (plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(), 1), tiles, **made,
-            d_lse=given.d_lse, EXCESS=better, d_columns=part,
+            d_lse=given.d_lse, EXCESS=better, d_columns=part, unit_rest=unit_rest,
             gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
             SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip
@@ -354,9 +374,9 @@ def _is_split(factor: Tensor | None, query: Tensor) -> bool:
     return factor.dtype != query.dtype or factor.shape[-1] <= FEW_COLUMNS
 
 
-def _per_row(query: Tensor) -> Tensor:
+def _per_row(query: Tensor, double: bool = False) -> Tensor:
     """Room for sums over the keys of each query, `(*batch, H, Nq)`."""
-    return room(query, query.shape[:-1], torch.float32)
+    return room(query, query.shape[:-1], torch.float64 if double else torch.float32)
 
 
 def _per_head(query: Tensor, tensor: Tensor) -> Tensor:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import NOT_SPECIALIZED, add_columns, load_statistics, pitch, probabilities, score_gradient
+from .backward import (
+    NOT_SPECIALIZED,
+    add_columns,
+    load_statistics,
+    pitch,
+    probabilities,
+    score_gradient,
+    whole_unit,
+)
 from .terms import (
     BAND,
     add_distances,
@@ -21,6 +29,7 @@ from .terms import (
     load_rows,
     mask_scores,
     near_keys,
+    over,
     products,
     program,
 )
@@ -29,7 +38,7 @@ from .terms import (
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def queries_kernel(
     q, k, v, d_out, level, delta, low, d_lse, d_query, d_columns, d_slopes, d_far, gradient_columns, terms, masks,
-    tiles, n_q, n_k, n_inner, n_heads, group, offset, unit,
+    tiles, unit_rest, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     EXCESS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -41,7 +50,10 @@ def queries_kernel(
     delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1 and
     dLSE. With EXCESS, for gradients that are to be better than the dtype of the queries, this kernel takes the excess
     out of what it sums, and leaves a better delta (and, in fp32, what it and the level lack) to those after it.
+    With `unit_rest`, what fp32 leaves of the unit, P, dS and sums of them alone are formed in float64.
     """
+    DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
+    unit = whole_unit(unit, unit_rest)
     EXACT: tl.constexpr = low is not None
     TOTAL: tl.constexpr = EXACT or d_far is not None
     n_tiles = tl.cdiv(n_q, BLOCK_M)
@@ -58,11 +70,12 @@ def queries_kernel(
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_level, _, b_delta, _ = load_statistics(level, delta, None, i_bh, o_row, n_q)
+    b_level, b_delta = b_level.to(DTYPE), b_delta.to(DTYPE)
     b_d_query = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    b_d_slopes = tl.zeros([BLOCK_M], tl.float32)
-    b_excess = tl.zeros([BLOCK_M], tl.float32)
-    b_total = tl.zeros([BLOCK_M], tl.float32)
-    b_mean_distance = tl.zeros([BLOCK_M], tl.float32)
+    b_d_slopes = tl.zeros([BLOCK_M], DTYPE)
+    b_excess = tl.zeros([BLOCK_M], DTYPE)
+    b_total = tl.zeros([BLOCK_M], DTYPE)
+    b_mean_distance = tl.zeros([BLOCK_M], DTYPE)
     b_mean_key = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     if GRADIENT_RANK > 0:
         b_d_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
@@ -78,6 +91,7 @@ def queries_kernel(
             b_s = products(
                 b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
                 m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
+                DTYPE,
             )  # fmt: skip
             b_s = add_distances(
                 b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
@@ -94,7 +108,7 @@ def queries_kernel(
             b_p = probabilities(b_s, b_level[:, None], 0.0, unit, EXACT)
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
             b_dp = dot_rows(
-                b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+                b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
                 m_first, n_first, n_q, n_keys, C_V, PRECISION,
             )  # fmt: skip
             b_ds = score_gradient(b_p, b_dp, b_delta[:, None], 0.0, False)
@@ -110,8 +124,9 @@ def queries_kernel(
                 b_total_until = tl.where(n_first < near_end, b_total, b_total_until)
             if d_slopes is not None:
                 b_distance = distances(
-                    terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, True
-                )
+                    terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC,
+                    True, DTYPE,
+                )  # fmt: skip
                 b_d_slopes += tl.sum(b_ds * b_distance, 1)
                 b_mean_distance += tl.sum(b_p * b_distance, 1)
             if d_query is not None:
@@ -128,17 +143,17 @@ def queries_kernel(
                     b_mean_columns = add_product(b_mean_columns, b_p.to(b_columns.dtype), b_columns, PRECISION)
 
     o_place = i_bh * pitch(n_q) + o_row
-    b_share = tl.full([BLOCK_M], 1.0, tl.float32)
+    b_share = tl.full([BLOCK_M], 1.0, DTYPE)
     if d_far is not None:
         b_behind, b_total_behind = b_excess - b_until, b_total - b_total_until
     if EXACT:
-        b_share = tl.where(b_total > 0.0, tl.div_rn(1.0, b_total), 1.0)
+        b_share = tl.where(b_total > 0.0, over(1.0, b_total, b_total), 1.0)
         b_excess *= b_share
-        tl.store(low.level + o_place, tl.div_rn(-tl.log(b_share), unit), mask=o_row < n_q)
+        tl.store(low.level + o_place, over(-tl.log(b_share), unit, b_share), mask=o_row < n_q)
     if EXCESS:
         if d_lse is not None:
             b_excess -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
-        b_better = b_delta + b_excess
+        b_better = (b_delta + b_excess).to(tl.float32)
         tl.store(delta + o_place, b_better, mask=o_row < n_q)
         if EXACT:
             tl.store(low.delta + o_place, b_excess - (b_better - b_delta), mask=o_row < n_q)

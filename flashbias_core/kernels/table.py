@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import NOT_SPECIALIZED
+from .backward import NOT_SPECIALIZED, whole_unit
 from .terms import BAND, diagonal, load_matrix, near_keys
 from .values import member, tile_gradient
 
@@ -20,7 +20,7 @@ from .values import member, tile_gradient
 ])  # fmt: skip
 def table_kernel(
     q, k, v, d_out, level, delta, low, d_bands, terms, masks, tiles,
-    n_outer_shared, n_inner_shared, n_heads_shared, n_splits, start, width,
+    n_outer_shared, n_inner_shared, n_heads_shared, n_splits, start, width, unit_rest,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -29,8 +29,11 @@ def table_kernel(
 ):  # fmt: skip
     """dS near the table's distances, `[BAND, width]` from column `start` on, summed over bands and shared members.
 
-    A program sums one of `n_splits` parts of them for one tile. Offsets in a tensor are never shared.
+    A program sums one of `n_splits` parts of them for one tile. Offsets in a tensor are never shared. With
+    `unit_rest` all is in float64, as the queries' kernel has it.
     """
+    DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
+    unit = whole_unit(unit, unit_rest)
     n_m, n_n = BAND // BLOCK_M, width // BLOCK_N
     i_n = tl.program_id(0) % n_n
     i_rest = tl.program_id(0) // n_n
@@ -47,7 +50,7 @@ def table_kernel(
     end = tl.where(first_column < near_end, end, 0)
     n_bands = tl.maximum(end - begin, 0)
     n_members = n_outer_shared * n_inner_shared * n_heads_shared * n_bands
-    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], DTYPE)
     for i_member in tl.range(n_members * i_split // n_splits, n_members * (i_split + 1) // n_splits):
         band = (begin + i_member % n_bands) * BAND
         i_o, i_i, i_h = member(i_own, i_member // n_bands, n_inner_shared, n_heads_shared, n_inner, n_heads)
@@ -59,7 +62,7 @@ def table_kernel(
         b_sum += tile_gradient(
             q, k, v, d_out, level, delta, low, terms, masks, b_matrix, i_o, i_i, i_h, m_first, n_first,
             n_q, n_k, n_inner, n_heads, group, offset, unit,
-            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N,
+            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N, DTYPE,
         )  # fmt: skip
 
     n_own = tl.num_programs(0) // (n_n * n_m * n_splits)

@@ -118,11 +118,18 @@ def load_chunk(x, i_chunk, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, CH
 
 @triton.jit
 def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
-    """`sum + left @ right`. What is fp32 is added outside of the product, where tensor cores would truncate the sum."""
-    if b_left.dtype == tl.float32:
+    """`sum + left @ right`, formed in float64 where the sum is.
+
+    What is fp32 is added outside of the product, where tensor cores would truncate the sum.
+    """
+    if b_sum.dtype == tl.float64:
+        b_sum = tl.dot(b_left.to(tl.float64), b_right.to(tl.float64), b_sum, out_dtype=tl.float64)
+    elif b_left.dtype == tl.float32:
         b_product = tl.dot(b_left, b_right, input_precision=PRECISION)
-        return tl.fma(b_sum, tl.full(b_sum.shape, 1.0, tl.float32), b_product)  # `+` would be put into the product
-    return tl.dot(b_left, b_right, b_sum)
+        b_sum = tl.fma(b_sum, tl.full(b_sum.shape, 1.0, tl.float32), b_product)  # `+` would be put into the product
+    else:
+        b_sum = tl.dot(b_left, b_right, b_sum)
+    return b_sum
 
 
 @triton.jit
@@ -157,14 +164,14 @@ def products(
     b_left, b_right, left, right, b_left_columns, left_columns, right_columns, i_o, i_i, i_h, i_h_left, i_h_right,
     left_first, right_first, n_left, n_right, unit,
     BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, C: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, DTYPE: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """Scores of a tile from its matrix products: of queries and keys, and of the factor columns.
+    """Scores of a tile, in DTYPE, from its matrix products: of queries and keys, and of the factor columns.
 
     Left and right are queries and keys, or keys and queries. `b_left_columns` are the left columns where one chunk
     holds them all, loaded once by the caller. CHECK: the right side may cross its end.
     """
-    b_s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
+    b_s = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], DTYPE)
     if FOLDED:
         # First, since the bias over a small unit is large, and each later addition would be rounded to its size.
         b_s = dot_rows(
@@ -247,8 +254,10 @@ def key_range(
 def exponential(b_x, unit, EXACT: tl.constexpr):
     """`exp(unit * x)`; where EXACT to the last bit or two, whatever the size of the exponent."""
     to_log2 = unit * LOG2_E
-    b_y = b_x * to_log2
-    if EXACT:
+    if b_x.dtype == tl.float64:
+        b_p = tl.exp(b_x * tl.cast(unit, tl.float64))
+    elif EXACT:
+        b_y = b_x * to_log2
         rest = tl.fma(unit, LOG2_E, -to_log2) + unit * LOG2_E_REST
         b_lost = tl.fma(b_x, tl.zeros_like(b_x) + to_log2, -b_y) + b_x * rest  # by rounding; it grows with y
         b_whole = tl.floor(b_y + 0.5)
@@ -256,8 +265,10 @@ def exponential(b_x, unit, EXACT: tl.constexpr):
         b_p = tl.full(b_y.shape, 1.0, tl.float32)
         for i in tl.static_range(0, 7):  # Taylor's series, good to 5e-9; the hardware's exp2 is to 2e-7
             b_p = tl.fma(b_p, b_part * (1.0 / (7 - i)), tl.full(b_y.shape, 1.0, tl.float32))
-        return tl.where(b_y < -126.0, 0.0, b_p * tl.exp2(b_whole))
-    return tl.exp2(b_y)
+        b_p = tl.where(b_y < -126.0, 0.0, b_p * tl.exp2(b_whole))
+    else:
+        b_p = tl.exp2(b_x * to_log2)
+    return b_p
 
 
 @triton.jit
@@ -271,8 +282,9 @@ def steps(BLOCK: tl.constexpr, ALONG_COLUMNS: tl.constexpr):
 def distances(
     terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_k, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr, STANDING: tl.constexpr,
+    DTYPE: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """`p_j - p_i` in fp32, or `-|p_j - p_i|`.
+    """`p_j - p_i` in DTYPE, or `-|p_j - p_i|`.
 
     Positions are taken relative to those of the tile while they are still integers: small differences of large
     numbers stay exact.
@@ -289,7 +301,7 @@ def distances(
         if INTEGER_N or INTEGER_M:
             first = load_vector(terms.q_positions, i_o, i_i, m_first, n_q, 0)
             b_n, b_m = (b_n - first).to(tl.float32), (b_m - first).to(tl.float32)
-    b_distance = b_n - b_m
+    b_distance = b_n.to(DTYPE) - b_m.to(DTYPE)
     return -tl.abs(b_distance) if SYMMETRIC else b_distance
 
 
@@ -338,13 +350,19 @@ def mask_scores(
 
 
 @triton.jit
+def over(x, unit, like):
+    """`x / unit`, rounded to nearest, in the dtype of `like`."""
+    return x / tl.cast(unit, tl.float64) if like.dtype == tl.float64 else tl.div_rn(x, unit)
+
+
+@triton.jit
 def add_scaled(b_s, factor, b_x):
-    """`s + factor * x`, for an x that broadcasts.
+    """`s + factor * x`, for an x that broadcasts, in the dtype of s.
 
     Written as a sum, x would become the accumulator of the product that s is: computed before it, and, if it is
     loaded, loaded only then.
     """
-    return tl.fma(tl.full(b_s.shape, factor, tl.float32), tl.broadcast_to(b_x, b_s.shape), b_s)
+    return tl.fma(tl.full(b_s.shape, factor, b_s.dtype), tl.broadcast_to(b_x, b_s.shape).to(b_s.dtype), b_s)
 
 
 @triton.jit
@@ -354,10 +372,11 @@ def add_distances(
 ):  # fmt: skip
     """Scores with slopes times distances."""
     if terms.slopes is not None:
-        slope = tl.div_rn(load_item(terms.slopes, i_o, i_i, i_h), unit)
+        slope = over(load_item(terms.slopes, i_o, i_i, i_h), unit, b_s)
         b_distance = distances(
-            terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, STANDING
-        )
+            terms, i_o, i_i, o_m, o_n, m_first, n_first, n_q, n_keys, offset, BLOCK_M, BLOCK_N, SYMMETRIC, STANDING,
+            b_s.dtype,
+        )  # fmt: skip
         b_s = add_scaled(b_s, slope, b_distance)
     return b_s
 
@@ -384,7 +403,7 @@ def load_matrix(
 def add_matrix(b_s, b_matrix, unit):
     """Scores with a tile of the dense bias, if there is one."""
     if b_matrix is not None:
-        b_s = add_scaled(b_s, tl.div_rn(1.0, unit), b_matrix.to(tl.float32))
+        b_s = add_scaled(b_s, over(1.0, unit, b_s), b_matrix.to(tl.float32))
     return b_s
 
 
@@ -401,11 +420,12 @@ def add_table(
         corner = n_first - m_first - offset
         # Only entries come out of the branches: triton 3.6 cannot compile those through which a product goes.
         if (corner + BLOCK_N <= 1 - terms.reach) | (corner - BLOCK_M >= terms.reach - 1):
-            b_entry = tl.zeros_like(b_s) + tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach))
+            entry = tl.load(p_table + tl.where(corner > 0, terms.reach, -terms.reach))
+            b_entry = tl.zeros(b_s.shape, tl.float32) + entry
         else:
             o_distance = tl.minimum(tl.maximum(o_n - o_m - offset, -terms.reach), terms.reach)
             b_entry = tl.load(p_table + o_distance)
-        b_s = add_scaled(b_s, tl.div_rn(1.0, unit), b_entry)
+        b_s = add_scaled(b_s, over(1.0, unit, b_s), b_entry)
     return b_s
 
 

@@ -39,9 +39,9 @@ def tile_gradient(
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """dS of one tile, `[BLOCK_M, BLOCK_N]`; `b_matrix` is its tile of the dense bias, or None."""
+    """dS of one tile, `[BLOCK_M, BLOCK_N]` in DTYPE; `b_matrix` is its tile of the dense bias, or None."""
     i_bh = (i_o * n_inner + i_i) * n_heads + i_h
     i_kv = i_h // group
     o_row = m_first + tl.arange(0, BLOCK_M)
@@ -56,7 +56,7 @@ def tile_gradient(
     b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
     b_s = products(
         b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
-        m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
+        m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True, DTYPE,
     )  # fmt: skip
     b_s = add_distances(
         b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
@@ -70,7 +70,7 @@ def tile_gradient(
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
     b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
     b_dp = dot_rows(
-        b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+        b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
         m_first, n_first, n_q, n_keys, C_V, PRECISION,
     )  # fmt: skip
     return score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)

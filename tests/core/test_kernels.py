@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, check, ids, pairwise
+from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, build, check, ids, pairwise, run
 
-from flashbias import plan
+from flashbias import biased_attention, plan, reference
+from flashbias.kernels import call
+from flashbias.testing import eager
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 product is wrong.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
+with_lse = partial(biased_attention, return_lse=True)
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +117,41 @@ def test_keys_are_shared_where_queries_are_few(monkeypatch: pytest.MonkeyPatch) 
     assert plan.key_splits(1, 10**6, device) == 64
     assert plan.key_splits(101, 32768, device) == 1
     assert plan.key_splits(8, 100, device) == 1
+
+
+SUM_CASES = [
+    Case(bias=bias, n_q=33, n_k=17, c=24, batch=(), broadcast="bare", scale=0.2)
+    for bias in ("alibi_float", "table_single", "table")
+]
+
+
+@pytest.mark.parametrize("case", SUM_CASES, ids=ids(SUM_CASES))
+def test_sums_over_all_scores_are_several_times_better_than_eager(case: Case, device: str) -> None:
+    """Else a gradient that is one of them misses its bound wherever an eager computation errs less than mostly."""
+    if not plan.has_doubles(torch.device(device)):
+        pytest.skip("scores in float64 need triton 3.6, and a device that has units for them")
+    ratios = []
+    for seed in range(20):
+        inputs = build(replace(case, seed=seed), device)
+        name = "gradient of slopes" if "slopes" in inputs.leaves else "gradient of table"
+        doubles = {leaf: tensor.double() for leaf, tensor in inputs.leaves.items()}
+        truth = run(reference, case, inputs, doubles)[name]
+        ours, theirs = (run(attend, case, inputs, inputs.leaves)[name] for attend in (with_lse, eager))
+        ratios.append(float((ours - truth).abs().max() / (theirs - truth).abs().max()))
+    assert statistics.median(ratios) < 0.25
+
+
+@pytest.mark.parametrize("case", SUM_CASES, ids=ids(SUM_CASES))
+def test_sums_in_float64_leave_other_gradients_as_they_are(
+    case: Case, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    inputs = build(case, device)
+    made = run(with_lse, case, inputs, inputs.leaves)
+    monkeypatch.setattr(plan, "has_doubles", lambda device: False)
+    call.forget()
+    without = run(with_lse, case, inputs, inputs.leaves)
+    different = {name for name, tensor in made.items() if not torch.equal(tensor, without[name])}
+    assert different <= {"gradient of slopes", "gradient of table"}
 
 
 LENGTHS = [*((n, n) for n in (1, 15, 17, 127, 129, 1000)), (17, 1000), (1000, 129), (1, 1000)]

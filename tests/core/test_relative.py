@@ -70,7 +70,7 @@ def test_parts_of_the_gradient_do_not_change_it(tile: str, monkeypatch: pytest.M
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
     monkeypatch.setattr(plan, "tiles", lambda *args: parse(tile))
     monkeypatch.setattr(plan, "splits", lambda *args: 3)
-    monkeypatch.setattr(bias_gradients, "BAND_ENTRIES", 1)
+    monkeypatch.setattr(bias_gradients, "BAND_BYTES", 1)
     check(Case("table", "causal_tensor", n_q=140, n_k=150, broadcast="missing", heads=1), device)
     check(Case("table_long", "lengths", torch.float16, n_q=140, n_k=150, broadcast="batch", heads=1), device)
 

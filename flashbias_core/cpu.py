@@ -59,8 +59,23 @@ def backward(
     """Gradients in fp32 of the inputs of these names, in their shapes.
 
     The weights and the row sums of `P dP` come from the recomputed scores and not from `lse` and `out`, whose
-    rounding errors the gradients of slopes and coordinates would multiply by distances.
+    rounding errors the gradients of slopes and coordinates would multiply by distances. Where inputs are fp32,
+    gradients that are sums over all scores, of slopes and tables, come from scores in float64.
     """
+    totals = names & {"slopes", "table"} if query.dtype == torch.float32 else set()
+    gradients: dict[str, Tensor] = {}
+    # Each by itself: a gradient does not depend on which others are wanted.
+    for some, dtype in ((names - totals, torch.float32), (totals, torch.float64)):
+        if some:
+            gradients |= _gradients(grad_out, grad_lse, query, key, value, operands, scale, some, dtype)
+    return gradients
+
+
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, operands: Operands,
+    scale: float, names: set[str], dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What `backward` gives, computed in a dtype."""
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
     gradients = {name: inputs[name].new_zeros(inputs[name].shape, dtype=torch.float32) for name in names}
     extra = {f"grad {name}": (as_matrices(name, gradient), 2) for name, gradient in gradients.items()}
@@ -68,14 +83,14 @@ def backward(
     if grad_lse is not None:
         extra["grad lse"] = grad_lse, 1
     c = query.shape[-1]
-    for part in parts(query, key, value, operands, scale, extra):
+    for part in parts(query, key, value, operands, scale, extra, dtype):
         d_key, d_value = torch.zeros_like(part.key), torch.zeros_like(part.value)
         for rows, n in part.blocks():
             distance = part.distance(rows, n)
             weights = part.scores(rows, n, distance)
             _, total = exponentiate(weights)
             weights.div_(total.clamp(min=1.0))
-            d_out = part["grad out"][..., rows, :].float()
+            d_out = part["grad out"][..., rows, :].to(dtype)
             if "value" in names:
                 accumulate(d_value[..., :n, :], weights, d_out)
             if names == {"value"}:

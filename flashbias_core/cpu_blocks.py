@@ -1,4 +1,4 @@
-"""Arithmetic on blocks of scores `(..., G, rows, keys)` in fp32. A block is overwritten wherever that spares a copy."""
+"""Arithmetic on blocks of scores `(..., G, rows, keys)` in fp32 or float64, overwritten wherever that spares a copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-MINUS_INF = -(1 << 23)  # the bits of -inf in fp32, as an integer
+# The bits of -inf, as an integer.
+MINUS_INF = {torch.float32: (torch.int32, -(1 << 23)), torch.float64: (torch.int64, -(1 << 52))}
 
 # Products are summed in pieces of so many terms: BLAS adds one term to the next, and a sum of 131,072 of them would be
 # off by 1e-4 where torch's own sums, in pairs, are off by 1e-6.
@@ -18,9 +19,10 @@ PIECE = 4096
 def hide(scores: Tensor, allowed: Tensor) -> None:
     """-inf in place of what is not allowed, be it NaN."""
     # By their bits: masked_fill_ takes twice to twenty times as long, the longer the less pattern the mask has.
-    bits, keep = scores.view(torch.int32), allowed.int().neg_()
+    dtype, minus_inf = MINUS_INF[scores.dtype]
+    bits, keep = scores.view(dtype), allowed.to(dtype).neg_()
     bits.bitwise_and_(keep)
-    bits.bitwise_or_(keep.bitwise_not_().bitwise_and_(MINUS_INF))
+    bits.bitwise_or_(keep.bitwise_not_().bitwise_and_(minus_inf))
 
 
 def exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:

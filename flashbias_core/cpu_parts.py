@@ -18,7 +18,7 @@ from .cpu_blocks import hide, multiply
 from .diagonals import fold, spread, sum_diagonals
 from .operands import Operands
 
-# Scores in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
+# Scores of fp32 in a block for each of at most so many threads, and rows of a matrix in it: as a rule, and at least.
 BLOCK = 1 << 20
 MAX_THREADS = 8
 ROWS = 128
@@ -35,7 +35,8 @@ _ALL = slice(None)
 
 
 class Part:
-    """Some of the matrices of a call: `part[name]` are views of its tensors; query, key and value copies in fp32.
+    """Some of the matrices of a call: `part[name]` are views of its tensors; query, key and value copies in the dtype
+    of `space`, fp32 or float64, as is what is made of them.
 
     query: `(..., G, Nq, C + R)`, times scale. key: `(..., G or 1, Nk, C + R)`. value: `(..., 1, Nk, Cv)`.
     space: `(3, scores of a block)`.
@@ -54,11 +55,12 @@ class Part:
                     shown = inside if name == "k_positions" else inside[..., None]
                     tensors[name] = torch.where(shown, tensors[name], 0)
             self.n_k = min(self.n_k, int(lengths.max()))
-        self.query = tensors["query"].float() * scale
-        self.key, self.value = tensors["key"].float().contiguous(), tensors["value"].float().contiguous()
+        dtype = space.dtype
+        self.query = tensors["query"].to(dtype) * scale
+        self.key, self.value = tensors["key"].to(dtype).contiguous(), tensors["value"].to(dtype).contiguous()
         if "q_factor" in tensors:
-            self.query = _beside(self.query, tensors["q_factor"].float())
-            self.key = _beside(self.key, tensors["k_factor"].float())
+            self.query = _beside(self.query, tensors["q_factor"].to(dtype))
+            self.key = _beside(self.key, tensors["k_factor"].to(dtype))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -85,13 +87,13 @@ class Part:
         return torch.arange(rows.start, rows.stop, device=self.device) + self.offset[..., None]
 
     def distance(self, rows: slice, n: int) -> Tensor | None:
-        """`p_j - p_i`, or its negative absolute value, in fp32: differences of integers are exact."""
+        """`p_j - p_i`, or its negative absolute value: differences of integers are exact."""
         if "slopes" not in self.tensors:
             return None
         q_positions, k_positions = self.diagonal(rows), self.positions[:n]
         if "q_positions" in self.tensors:
             q_positions, k_positions = _wide(self["q_positions"][..., rows]), _wide(self["k_positions"][..., :n])
-        distance = (k_positions[..., None, :] - q_positions[..., :, None]).float()
+        distance = (k_positions[..., None, :] - q_positions[..., :, None]).to(self.space.dtype)
         return distance.abs().neg_() if self.operands.symmetric else distance
 
     def smallest(self, rows: slice) -> int | Tensor:
@@ -140,9 +142,10 @@ class Part:
 
 
 def parts(
-    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, extra: dict[str, tuple[Tensor, int]]
-) -> Iterator[Part]:
-    """A call in parts; `extra` tensors come with their number of dimensions behind the heads."""
+    query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float, extra: dict[str, tuple[Tensor, int]],
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Part]:  # fmt: skip
+    """A call in parts that compute in a dtype; `extra` tensors come with their dimensions behind the heads."""
     (*batch, heads, n_q, _), kv_heads, n_k = query.shape, key.shape[-3], key.shape[-2]
     if query.shape[:-1].numel() == 0 or n_k == 0:
         return
@@ -154,8 +157,9 @@ def parts(
             tensors[name] = as_matrices(name, tensor), _OF_HEADS[name]
     views = {name: _view(tensor, behind, len(batch), kv_heads) for name, (tensor, behind) in tensors.items()}
     row = heads // kv_heads * n_k
-    budget = max(BLOCK * min(torch.get_num_threads(), MAX_THREADS), MIN_ROWS * row)
-    space = query.new_empty((3, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=torch.float32)
+    block = BLOCK * torch.float32.itemsize // dtype.itemsize
+    budget = max(block * min(torch.get_num_threads(), MAX_THREADS), MIN_ROWS * row)
+    space = query.new_empty((3, min(budget, math.prod(batch) * heads * n_q * n_k)), dtype=dtype)
     most = budget // (row * min(n_q, ROWS))
     if most >= math.prod(batch) * kv_heads:  # as in decoding, where a view takes as long as the arithmetic
         yield Part(views, operands, scale, space)

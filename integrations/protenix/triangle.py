@@ -5,6 +5,8 @@ mask adds -1e9 to keys; here they are not attended to at all. That differs only 
 gets no update here, and the mean of all its values there.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import math
 from itertools import repeat

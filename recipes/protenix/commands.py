@@ -99,6 +99,49 @@ def table(
 
 
 @app.command()
+def profile(
+    stages: Annotated[str, typer.Option(help="Of trunk, diffusion and confidence, by commas.")] = "all",
+    kernels: Annotated[str, typer.Option(help="By commas.")] = "cuequivariance,flashbias",
+    cycles: Cycles = 1,
+    steps: Steps = 10,
+    samples: Samples = 5,
+    seed: Seed = 101,
+    tokens: Tokens = None,
+    features: Features = None,
+    checkpoint: Checkpoint = None,
+    blocks: Blocks = None,
+    device: Device = "auto",
+    out: Out = Path(),
+) -> None:
+    """Say where the time of a cycle, a diffusion step and the confidence head goes, by families of kernels.
+
+    Writes protenix_profile.csv and protenix_profile.png; the last line of stdout is JSON. Exit code 1: nothing could be
+    measured.
+    """
+    from .profile import as_table
+    from .profile import profile as run
+    from .report import KERNELS, Request, Size
+    from .whole import STAGES
+
+    wanted, chosen = list(STAGES) if stages == "all" else stages.split(","), kernels.split(",")
+    if not set(wanted) <= set(STAGES):
+        raise typer.BadParameter(f"{stages}, wanted are {', '.join(STAGES)}", param_hint="--stages")
+    if not set(chosen) <= set(KERNELS):
+        raise typer.BadParameter(f"{kernels}, wanted are {', '.join(KERNELS)}", param_hint="--kernels")
+    path = out / "protenix_profile.csv"
+    size = Size(cycles, steps, samples, seed)
+    rows = run(Request(size, tokens, features, checkpoint, blocks, device, out=out), wanted, chosen, path)
+    if rows:
+        _show(as_table(rows))
+    spent: dict[str, float] = {}
+    for row in rows:
+        name = f"{row['stage']}, {row['kernel']}"
+        spent[name] = round(spent.get(name, 0.0) + row["ms"], 4)
+    print(json.dumps({"rows": str(path), "milliseconds": spent}))
+    raise typer.Exit(0 if rows else 1)
+
+
+@app.command()
 def sweep(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = "256,512,768,1024,1536,2048",
     parts: Annotated[str, typer.Option(help="Of triangle, block and run, by commas.")] = "triangle,block,run",

@@ -74,6 +74,35 @@ def draw_sweep(path: Path, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         figure.savefig(path, dpi=150)
 
 
+def draw_profile(path: Path, rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> None:
+    """Bars of the milliseconds by families of kernels, a panel for each stage."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))[::-1]
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    found = {(row["stage"], row["kernel"], row["family"]): row for row in rows}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 1.0 + len(stages) * (0.6 + 0.4 * len(kernels))), layout="constrained")
+        panels = figure.subplots(len(stages), 1, squeeze=False)[:, 0]
+        for panel, stage in zip(panels, stages, strict=True):
+            left = [0.0] * len(kernels)
+            for i, family in enumerate(families):
+                times = [found[stage, kernel, family]["ms"] for kernel in kernels]
+                panel.barh(kernels, times, left=left, color=f"C{i}", label=family)
+                left = [a + b for a, b in zip(left, times, strict=True)]
+            for i, kernel in enumerate(kernels):
+                clock = found[stage, kernel, families[0]]["clock_ms"]
+                panel.text(left[i], i, f" {left[i]:.2f}, by the clock {clock:.2f}", va="center", fontsize=8)
+            panel.set(title=stage, xlim=(0, 1.4 * (max(left) or 1)))
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, frameon=False, fontsize=8, ncols=len(families), loc="outside upper right")
+        panels[-1].set_xlabel("milliseconds of a cycle, a step, the confidence head")
+        _foot(figure, conditions)
+        figure.savefig(path, dpi=150)
+
+
 def _foot(figure: Any, conditions: Mapping[str, Any]) -> None:
     versions = ", ".join(f"{name} {conditions[name]}" for name in ("torch", "triton", "flashbias") if conditions[name])
     text = f"{conditions['device']}; {versions} ({conditions['commit'] or 'no commit'})"

@@ -22,6 +22,9 @@ STAGES = {"trunk": "get_pairformer_output", "diffusion": "sample_diffusion", "co
 PACKAGES = {"torch": "torch", "triattention": "triton", "cuequivariance": "cuequivariance_torch"}
 OURS, NO_BIAS = "flashbias", "no bias (wrong)"
 
+# What is around a stage while it runs.
+Around = Callable[[str], contextlib.AbstractContextManager[Any]]
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -70,7 +73,10 @@ def absent(kernel: str, device: str) -> str | None:
     return None if importlib.util.find_spec(PACKAGES[kernel]) else f"{PACKAGES[kernel]} is not installed"
 
 
-def run(host: Host, features: dict[str, Any], variant: Variant, size: Size, device: str) -> Outcome:
+def run(
+    host: Host, features: dict[str, Any], variant: Variant, size: Size, device: str,
+    around: Around = lambda stage: contextlib.nullcontext(),
+) -> Outcome:  # fmt: skip
     """One inference. The features stay as they are."""
     import numpy
     import torch
@@ -89,7 +95,7 @@ def run(host: Host, features: dict[str, Any], variant: Variant, size: Size, devi
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        with computed_by(variant, host, device), _timed(model, device) as seconds, torch.no_grad(), half:
+        with computed_by(variant, host, device), _timed(model, device, around) as seconds, torch.no_grad(), half:
             started = time.perf_counter()
             made = model(
                 input_feature_dict=features,
@@ -187,17 +193,18 @@ def _without_bias() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _timed(model: Any, device: str) -> Iterator[dict[str, float]]:
+def _timed(model: Any, device: str, around: Around) -> Iterator[dict[str, float]]:
     """Inside, the model's stages note the seconds that they take."""
     seconds = dict.fromkeys(STAGES, 0.0)
 
     def timed(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             _wait(device)
-            started = time.perf_counter()
-            result = method(*args, **kwargs)
-            _wait(device)
-            seconds[stage] += time.perf_counter() - started
+            with around(stage):
+                started = time.perf_counter()
+                result = method(*args, **kwargs)
+                _wait(device)
+                seconds[stage] += time.perf_counter() - started
             return result
 
         return call

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from flashbias.recipes.cli import app
-from flashbias.recipes.protenix import features, host, report, sweep, whole
+from flashbias.recipes.protenix import features, host, profile, report, sweep, whole
 
 PACKAGE = os.environ.get("FLASHBIAS_PROTENIX_PATH") or str(Path(__file__).parents[1] / "integrations/protenix/package")
 SMALL = ("--tokens", "12", "--blocks", "1", "--cycles", "1", "--steps", "2", "--samples", "2", "--device", "cpu")
@@ -244,3 +244,53 @@ def test_a_patch_that_is_off_is_not_measured_as_ours(tmp_path, monkeypatch):
     assert found["torch"]["status"] == "ok"
     assert found[whole.OURS]["status"] == "failed"
     assert "FLASHBIAS_DISABLE" in found[whole.OURS]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [
+        ("forward_teams_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x64", "attention"),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 11, false, false>", "attention"),
+        ("nvjet_sm90_tst_128x128_64x6_2x1_v_bz_bias_TNT", "products"),
+        ("aten::bmm", "products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "products"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>", "norms"),
+        ("norm_kernel", "norms"),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::sigmoid_kernel_cuda>", "elementwise"),
+        ("aten::mul", "elementwise"),
+        ("spin", "others"),
+    ],
+)
+def test_kernels_have_families(kernel, family):
+    assert profile.family(kernel) == family
+
+
+def test_profile_says_where_the_time_goes(tmp_path):
+    options = (*SMALL, "--kernels", "torch,flashbias", "--stages", "trunk,diffusion", "--out", str(tmp_path))
+    result = CliRunner().invoke(app, ["protenix", "profile", *options])
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "protenix_profile.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    parts = {(row["stage"], row["kernel"]) for row in rows}
+    assert parts == {(stage, kernel) for stage in ("trunk", "diffusion") for kernel in ("torch", "flashbias")}
+    for part in parts:
+        some = [row for row in rows if (row["stage"], row["kernel"]) == part]
+        assert [row["family"] for row in some] == [*profile.FAMILIES, profile.OTHERS]
+        assert sum(float(row["share"]) for row in some) == pytest.approx(1, abs=1e-3)
+        by_family = {row["family"]: row for row in some}
+        for name in ("products", "norms", "elementwise"):
+            assert float(by_family[name]["ms"]) > 0
+            assert float(by_family[name]["launches"]) > 0
+            assert profile.family(by_family[name]["longest"]) == name
+    assert (tmp_path / "protenix_profile.png").stat().st_size > 1000
+    spent = json.loads(result.stdout.splitlines()[-1])["milliseconds"]
+    assert spent.keys() == {", ".join(part) for part in parts}
+
+
+def test_profile_refuses_what_it_does_not_know(tmp_path):
+    for option, value in (("--stages", "lunch"), ("--kernels", "abacus")):
+        result = CliRunner().invoke(app, ["protenix", "profile", *SMALL, option, value, "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """`flashbias protenix ...`. Each subcommand imports what it needs when it runs."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,10 +85,7 @@ def table(
     from .report import KERNELS, Request, Size, as_table, title
     from .report import table as run
 
-    chosen = KERNELS if kernels == "all" else tuple(kernels.split(","))
-    if not set(chosen) <= set(KERNELS):
-        raise typer.BadParameter(f"{kernels}, wanted are {', '.join(KERNELS)}", param_hint="--kernels")
-
+    chosen = _named(kernels, KERNELS, "--kernels")
     if dtype not in ("bf16", "fp32"):
         raise typer.BadParameter(f"{dtype}, wanted is bf16 or fp32", param_hint="--dtype")
     size = Size(cycles, steps, samples, seed)
@@ -123,11 +121,7 @@ def profile(
     from .report import KERNELS, Request, Size
     from .whole import STAGES
 
-    wanted, chosen = list(STAGES) if stages == "all" else stages.split(","), kernels.split(",")
-    if not set(wanted) <= set(STAGES):
-        raise typer.BadParameter(f"{stages}, wanted are {', '.join(STAGES)}", param_hint="--stages")
-    if not set(chosen) <= set(KERNELS):
-        raise typer.BadParameter(f"{kernels}, wanted are {', '.join(KERNELS)}", param_hint="--kernels")
+    wanted, chosen = _named(stages, STAGES, "--stages"), _named(kernels, KERNELS, "--kernels")
     path = out / "protenix_profile.csv"
     size = Size(cycles, steps, samples, seed)
     rows = run(Request(size, tokens, features, checkpoint, blocks, device, out=out), wanted, chosen, path)
@@ -165,15 +159,20 @@ def sweep(
     from .sweep import sweep as run
     from .whole import PACKAGES
 
-    wanted, chosen = parts.split(","), list(PACKAGES) if kernels == "all" else kernels.split(",")
-    if not set(wanted) <= set(PARTS):
-        raise typer.BadParameter(f"{parts}, wanted are {', '.join(PARTS)}", param_hint="--parts")
-    if not set(chosen) <= set(PACKAGES):
-        raise typer.BadParameter(f"{kernels}, wanted are {', '.join(PACKAGES)}", param_hint="--kernels")
+    wanted, chosen = _named(parts, PARTS, "--parts"), _named(kernels, PACKAGES, "--kernels")
     path = out / "protenix_sweep.csv"
     request = Request(Size(cycles, steps, samples, seed), None, features, checkpoint, blocks, device, out=out)
     rows = run(request, [int(number) for number in tokens.split(",")], wanted, path, chosen)
     print(json.dumps({"rows": str(path), "measured": sum(row["status"] == "ok" for row in rows)}))
+
+
+def _named(text: str, known: Iterable[str], option: str) -> list[str]:
+    """The names in the text of an option, by commas; "all" are all of the known ones."""
+    known = list(known)
+    named = known if text == "all" else text.split(",")
+    if not set(named) <= set(known):
+        raise typer.BadParameter(f"{text}, wanted are {', '.join(known)}", param_hint=option)
+    return named
 
 
 def _show(table: Any) -> None:

@@ -179,7 +179,7 @@ def test_sweep_measures_every_part(tmp_path, monkeypatch):
     [
         ("table", "--dtype", "fp64"),
         ("table", "--kernels", "all,torch"),
-        ("sweep", "--parts", "all"),
+        ("sweep", "--parts", "blocks"),
         ("sweep", "--kernels", "flashbias"),
     ],
 )

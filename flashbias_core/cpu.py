@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cpu_blocks import accumulate, exponentiate, multiply, sum_along
 from .cpu_parts import as_matrices, parts
-from .operands import Operands
+from .operands import TOTALS, Operands
 from .output import new_output
 
 
@@ -62,7 +62,7 @@ def backward(
     rounding errors the gradients of slopes and coordinates would multiply by distances. Where inputs are fp32,
     gradients that are sums over all scores, of slopes and tables, come from scores in float64.
     """
-    totals = names & {"slopes", "table"} if query.dtype == torch.float32 else set()
+    totals = names & TOTALS if query.dtype == torch.float32 else set()
     gradients: dict[str, Tensor] = {}
     # Each by itself: a gradient does not depend on which others are wanted.
     for some, dtype in ((names - totals, torch.float32), (totals, torch.float64)):

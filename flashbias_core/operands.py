@@ -15,6 +15,8 @@ from .errors import DtypeError, UnsupportedError
 from .masks import Allowed, Causal, KeyPadding, Mask, Segments
 from .terms import Linear, Problem, Rank, Table, Term, Tile
 
+TOTALS = {"slopes", "table"}  # of whose gradients each number is a sum over all scores
+
 
 @dataclass
 class Operands:

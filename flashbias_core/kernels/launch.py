@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from ctypes import c_float
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashbias import plan
-from flashbias.operands import Operands
+from flashbias.operands import TOTALS, Operands
 from flashbias.output import abreast, new_output
 from flashbias.tiles import Tiles
 
@@ -29,7 +30,6 @@ DELTA_ROWS = 32
 WIDE = 128  # features
 NUMBERS = ("symmetric", "causal", "offset")  # of the operands, the last ones
 FEW_COLUMNS = 4
-TOTALS = {"slopes", "table"}  # inputs of which few numbers have sums over all scores as gradients
 
 
 def again(
@@ -163,7 +163,7 @@ def _gradients(
     low = Low(*(room(query, rows, torch.float32, zeros=True) for _ in range(2))) if exact else None
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     totals = names & TOTALS if exact and plan.has_doubles(query.device) else set()
-    unit_rest = scale - torch.tensor(scale, dtype=torch.float32).item()
+    unit_rest = scale - c_float(scale).value
     gradients: dict[str, Tensor | None] = {}
     # Each by itself: statistics are those of the scores that a pass has, so that their errors cancel.
     for some, rest in ((names - totals, None), (totals, unit_rest)):

@@ -15,7 +15,7 @@ from .whole import Size, Variant, absent, run
 FAMILIES = {
     "attention": r"attention|attn|flash|fmha|sdpa|softmax|forward_kernel|forward_teams|combine_kernel",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|matmul|linear|mm\b|splitkreduce|triangle_mul|einsum",
-    "norms": r"norm",
+    "norms": r"norm(?!al)",
     "copies": r"copy|memcpy|memset|cat|gather|scatter|index|halves_kernel|rows_kernel|fill",
     "elementwise": r"elementwise|reduce|gate_kernel|most_kernel|aten::",
 }
@@ -24,7 +24,7 @@ OTHERS = "others"
 
 def family(name: str) -> str:
     """That of a kernel or operator."""
-    return next((family for family, names in FAMILIES.items() if re.search(names, name.lower())), OTHERS)
+    return next((found for found, names in FAMILIES.items() if re.search(names, name.lower())), OTHERS)
 
 
 def units(size: Size) -> dict[str, int]:

@@ -260,6 +260,7 @@ def test_a_patch_that_is_off_is_not_measured_as_ours(tmp_path, monkeypatch):
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::sigmoid_kernel_cuda>", "elementwise"),
         ("aten::mul", "elementwise"),
+        ("aten::normal_", "elementwise"),  # the diffusion's noise
         ("spin", "others"),
     ],
 )

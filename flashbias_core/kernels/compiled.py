@@ -9,8 +9,15 @@ from collections.abc import Callable, Hashable
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+try:
+    from triton.knobs import runtime as hooks
+except ImportError:  # triton 3.3 has them elsewhere
+    hooks = None
 
 from . import ahead, replay
 from .terms import Block
@@ -42,7 +49,7 @@ def launch(
     programs = (*grid, 1)
     if key in known:
         compiled, constant, places = known[key]
-        run = compiled[programs]
+        run = launcher(compiled, programs)
         values = _filled(constant, places, arguments)
         run(*values)
     else:
@@ -51,11 +58,34 @@ def launch(
         if isinstance(compiled, CompiledKernel):
             _, constant, places = _keep(known, key, kernel, list(arguments), fixed, compiled)
             values = _filled(constant, places, arguments)
-            run = compiled[programs]
+            run = launcher(compiled, programs)
         else:  # the interpreter compiles nothing
             values = [(arguments | fixed).get(name) for name in kernel.arg_names]
             run = partial(_interpret, kernel[grid], kernel.arg_names)
     replay.note(run, values)
+
+
+def launcher(compiled: CompiledKernel, programs: tuple[int, int, int]) -> Callable[..., Any]:
+    """What launches a kernel in so many programs on the current device: as triton does, but straight while nobody
+    listens. Triton describes each launch for hooks, which profilers hang in, and asks for the device each time."""
+    told = compiled[programs]
+    if hooks is None or not torch.cuda.is_available():
+        return told
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of, device = driver.active.get_current_stream, torch.cuda.current_device()
+
+    def launch(*values: Any) -> None:
+        if _listeners(hooks.launch_enter_hook) or _listeners(hooks.launch_exit_hook):
+            told(*values)
+        else:
+            run(*programs, stream_of(device), function, metadata, None, None, None, *values)
+
+    return launch
+
+
+def _listeners(hook: Any) -> Any:
+    """What hangs in a hook of triton's: a chain, or, if somebody has put it there, one function."""
+    return getattr(hook, "calls", hook)
 
 
 def _keep(

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-from flashbias.kernels import gate, halves, known, norm, points, replay
+from flashbias.kernels import compiled, gate, halves, known, norm, points, replay
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -104,3 +107,62 @@ def test_a_pass_that_is_made_again_takes_its_own_tensors(name: str, device: str)
     made = PASSES[name](*second)
     for ours, truth in zip((*made, *before), (*wanted, *kept), strict=True):
         assert torch.equal(ours, truth)
+
+
+class Launched(CompiledKernel):
+    """A kernel that notes how it is launched."""
+
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def __init__(self, made: list[Any]) -> None:
+        self.module, self.made = None, made
+
+    def _init_handles(self) -> None:
+        pass
+
+    @property
+    def run(self) -> Callable[..., None]:
+        return lambda *arguments: self.made.append(arguments)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *values: self.made.append(("told", grid, values))
+
+
+def test_launches_are_told_to_those_who_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled.hooks is None:
+        pytest.skip("triton 3.3 has its hooks elsewhere, and launches are its own there")
+    made: list[Any] = []
+    kernel = Launched(made)
+    active = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 100 + device))
+    monkeypatch.setattr(compiled, "driver", active)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    launch = compiled.launcher(kernel, (2, 3, 1))
+    launch("x", 5)
+    hook = compiled.hooks.launch_enter_hook
+    listen = lambda metadata: None  # noqa: E731
+    hook.add(listen)
+    launch("y", 6)
+    hook.remove(listen)
+    launch("z", 7)
+    straight = 2, 3, 1, 101, 7, (4, 1, 0), None, None, None
+    assert made == [(*straight, "x", 5), ("told", (2, 3, 1), ("y", 6)), (*straight, "z", 7)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compiled.launcher(kernel, (2, 3, 1))("w")
+    assert made[-1] == ("told", (2, 3, 1), ("w",))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs kernels that are launched")
+def test_a_profiler_sees_launches_that_are_made_again() -> None:
+    seen: list[str] = []
+    listen = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    x = torch.randn(3, 50, 40, device="cuda")
+    before = norm.layer_norm(x, None, None, 1e-5)
+    compiled.hooks.launch_enter_hook.add(listen)
+    try:
+        assert torch.equal(norm.layer_norm(x, None, None, 1e-5), before)
+    finally:
+        compiled.hooks.launch_enter_hook.remove(listen)
+    assert seen == ["norm_kernel"]
+    assert torch.equal(norm.layer_norm(x, None, None, 1e-5), before)
+    assert len(seen) == 1

@@ -181,12 +181,17 @@ def has_bf16x6(device: torch.device) -> bool:
 
 @cache
 def has_doubles(device: torch.device) -> bool:
-    """Whether gradients that are few sums over everything get scores in float64 where inputs are fp32.
+    """Whether gradients get scores in float64 where inputs are fp32.
 
     They miss the accuracy bound wherever an eager computation errs by chance less than it mostly does, unless their
-    errors are several times smaller.
+    errors are several times smaller: above all those that are few sums over everything.
     """
     return doubles_on(_capability(device)) if device.type == "cuda" else triton_version() >= (3, 6)
+
+
+def doubles_fit(constants: Mapping[str, Any]) -> bool:
+    """Whether all gradients of such a call can come from scores in float64: else registers would be spilled."""
+    return max(constants["WIDTH"], constants["WIDTH_V"]) <= 128 and constants["RANK"] <= 64
 
 
 def doubles_on(capability: tuple[int, int]) -> bool:

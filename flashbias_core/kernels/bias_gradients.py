@@ -25,9 +25,13 @@ BAND_BYTES = 1 << 28  # of bands of dS in memory at a time
 
 
 def values_gradient(
-    query: Tensor, n_k: int, values: Tensor, dtype: torch.dtype, call: Call, statistics: dict[str, Any]
-) -> Tensor:
-    """The gradient of a dense bias, in its shape: one program sums one tile over all that shares it."""
+    query: Tensor, n_k: int, values: Tensor, dtype: torch.dtype, call: Call, statistics: dict[str, Any],
+    unit_rest: float | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of a dense bias, in its shape: one program sums one tile over all that shares it.
+
+    With `unit_rest`, what fp32 leaves of the unit, from scores in float64.
+    """
     layout, n_q = call.frame.layout, query.shape[-2]
     own = layout.sizes(values)
     shared = [full // size for full, size in zip((layout.outer, layout.inner, layout.heads), own, strict=True)]
@@ -41,7 +45,7 @@ def values_gradient(
         planes = room(query, (splits, own[-1], n_q, n_k), torch.float32)
         if hopper_values.backward(call, teams, statistics, planes):
             return _sum_of_parts(planes, values.shape, dtype, call)
-    tiles = call.tiles("values", query)
+    tiles = call.tiles("values" if unit_rest is None else "double values", query)
     n_m, n_n = plan.cdiv(n_q, tiles.block_m), plan.cdiv(n_k, tiles.block_n)
     programs = math.prod(own) * n_n * (1 if one_row else n_m)
     members = math.prod(shared) * (n_m if one_row else 1)
@@ -49,7 +53,8 @@ def values_gradient(
     planes = room(query, (splits, *own, values.shape[-2], n_k), torch.float32)
     call.launch(
         values_kernel, (programs * splits, 1), tiles, d_values=planes, n_outer_shared=shared[0],
-        n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, ONE_ROW=one_row, **statistics,
+        n_inner_shared=shared[1], n_heads_shared=shared[2], n_splits=splits, ONE_ROW=one_row, unit_rest=unit_rest,
+        **statistics,
     )  # fmt: skip
     return _sum_of_parts(planes, values.shape, dtype, call)
 
@@ -72,7 +77,7 @@ def table_gradient(
 ) -> Tensor:  # fmt: skip
     """The gradient of a table by distance, in its shape; `far` are the sums `(*batch, H)` beyond its reach.
 
-    With `unit_rest`, what fp32 leaves of the unit, from scores in float64.
+    `unit_rest`: as above.
     """
     table, layout, n_q = operands.table, call.frame.layout, query.shape[-2]
     assert table is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import NOT_SPECIALIZED, add_columns, load_statistics, probabilities, score_gradient
+from .backward import NOT_SPECIALIZED, add_columns, load_statistics, probabilities, score_gradient, whole_unit
 from .terms import (
     add_distances,
     add_matrix,
@@ -27,7 +27,7 @@ from .terms import (
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def keys_kernel(
     q, k, v, d_out, level, delta, low, d_key, d_value, d_columns, gradient_columns, terms, masks, tiles,
-    n_q, n_k, n_inner, n_heads, group, offset, unit,
+    unit_rest, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -35,8 +35,11 @@ def keys_kernel(
 ):  # fmt: skip
     """Gradients of keys, values and the keys' factor columns, for each query head; each None where not wanted.
 
-    Tiles stand on their side, keys by queries, so that P and dS are left operands as they come.
+    Tiles stand on their side, keys by queries, so that P and dS are left operands as they come. With `unit_rest` these
+    are formed in float64, as the queries' kernel has it.
     """
+    DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
+    unit = whole_unit(unit, unit_rest)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(tl.cdiv(n_k, BLOCK_N), n_inner, n_heads, group)
     n_first = i_tile * BLOCK_N
     o_n = (n_first + tl.arange(0, BLOCK_N))[:, None]
@@ -80,6 +83,7 @@ def keys_kernel(
                 b_s = products(
                     b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
                     m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
+                    DTYPE,
                 )  # fmt: skip
                 b_s = tl.trans(b_s)
             b_s = add_distances(
@@ -103,7 +107,7 @@ def keys_kernel(
                 b_dp = dot_features(b_v, b_d_out, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             else:
                 b_dp = dot_rows(
-                    b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), i_o, i_i, i_h, i_kv,
+                    b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
                     m_first, n_first, n_q, n_keys, C_V, PRECISION,
                 )  # fmt: skip
                 b_dp = tl.trans(b_dp)

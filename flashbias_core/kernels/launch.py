@@ -162,11 +162,14 @@ def _gradients(
     level, delta = (room(query, rows, torch.float32) for _ in range(2))
     low = Low(*(room(query, rows, torch.float32, zeros=True) for _ in range(2))) if exact else None
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
-    totals = names & TOTALS if exact and plan.has_doubles(query.device) else set()
+    exactly: set[str] = set()
+    if exact and plan.has_doubles(query.device):
+        # All where registers permit; at least those of which each number is a sum over all scores.
+        exactly = names if plan.doubles_fit(call.frame.constants) else names & TOTALS
     unit_rest = scale - c_float(scale).value
     gradients: dict[str, Tensor | None] = {}
     # Each by itself: statistics are those of the scores that a pass has, so that their errors cancel.
-    for some, rest in ((names - totals, None), (totals, unit_rest)):
+    for some, rest in ((names - exactly, None), (exactly, unit_rest)):
         if some:
             gradients |= _pass(given, query, key, value, operands, some, values_dtype, call, statistics, rest)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
@@ -190,10 +193,10 @@ def _pass(
     else:
         _make_statistics(query, given, call, statistics)
     if names & {"key", "value", "k_factor"}:
-        gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics)
+        gradients |= _key_side(query, key, value, operands.q_factor, names, call, statistics, unit_rest)
     if "values" in names and operands.values is not None:
         dtype = values_dtype or operands.values.dtype
-        gradients["values"] = values_gradient(query, key.shape[-2], operands.values, dtype, call, statistics)
+        gradients["values"] = values_gradient(query, key.shape[-2], operands.values, dtype, call, statistics, unit_rest)
     if "table" in names and operands.table is not None:
         far = gradients["before"], gradients["behind"]
         gradients["table"] = table_gradient(query, key.shape[-2], operands, far, call, statistics, unit_rest)
@@ -263,16 +266,16 @@ def _query_side(
 
 def _key_side(
     query: Tensor, key: Tensor, value: Tensor, q_factor: Tensor | None, names: set[str], call: Call,
-    statistics: dict[str, Any],
+    statistics: dict[str, Any], unit_rest: float | None,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    """Gradients of keys and values for each query head, and of their factor."""
+    """Gradients of keys and values for each query head, and of their factor; `unit_rest`: as above."""
     factor = q_factor if "k_factor" in names else None
     teams = _teams("keys" if factor is None else "k_factor", query, factor, call, statistics)
     if teams:
         by_teams = _keys_by_teams(query, key, value, factor, call, statistics, teams)
         if by_teams:
             return by_teams
-    tiles = call.tiles("keys", query)
+    tiles = call.tiles("keys" if unit_rest is None else "double keys", query)
     side = _columns(factor, query, tiles)
     d_key = _per_head(query, key) if "key" in names else None
     d_value = _per_head(query, value) if "value" in names else None
@@ -282,7 +285,7 @@ def _key_side(
         part = room(query, (*query.shape[:-2], key.shape[-2], stop - start), torch.float32) if stop else None
         call.launch(
             keys_kernel, (plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(), 1), tiles, **made,
-            d_columns=part,
+            d_columns=part, unit_rest=unit_rest,
             gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
             SPLIT=_is_split(factor, query), **statistics,
         )  # fmt: skip

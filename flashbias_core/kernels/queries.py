@@ -50,7 +50,8 @@ def queries_kernel(
     delta comes from rounded outputs, and the LSE is rounded too, so that the rows of P and dS do not quite sum to 1 and
     dLSE. With EXCESS, for gradients that are to be better than the dtype of the queries, this kernel takes the excess
     out of what it sums, and leaves a better delta (and, in fp32, what it and the level lack) to those after it.
-    With `unit_rest`, what fp32 leaves of the unit, P, dS and sums of them alone are formed in float64.
+    With `unit_rest`, what fp32 leaves of the unit, P, dS and sums of them alone are formed in float64; products of
+    them with others are not.
     """
     DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
     unit = whole_unit(unit, unit_rest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import NOT_SPECIALIZED, load_statistics, probabilities, score_gradient
+from .backward import NOT_SPECIALIZED, load_statistics, probabilities, score_gradient, whole_unit
 from .terms import (
     add_distances,
     add_matrix,
@@ -39,7 +39,7 @@ def tile_gradient(
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr = tl.float32,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dS of one tile, `[BLOCK_M, BLOCK_N]` in DTYPE; `b_matrix` is its tile of the dense bias, or None."""
     i_bh = (i_o * n_inner + i_i) * n_heads + i_h
@@ -79,7 +79,7 @@ def tile_gradient(
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "n_outer_shared", "n_inner_shared", "n_heads_shared", "n_splits"])
 def values_kernel(
     q, k, v, d_out, level, delta, low, d_values, terms, masks, tiles,
-    n_outer_shared, n_inner_shared, n_heads_shared, n_splits,
+    n_outer_shared, n_inner_shared, n_heads_shared, n_splits, unit_rest,
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
@@ -88,8 +88,11 @@ def values_kernel(
 ):  # fmt: skip
     """Gradient of a dense bias: dS summed over the `n_*_shared` batches and heads (with ONE_ROW, rows) that share it.
 
-    A program sums one of `n_splits` parts of the members for one tile, into a plane of its own.
+    A program sums one of `n_splits` parts of the members for one tile, into a plane of its own. With `unit_rest` it
+    does so in float64, as the queries' kernel has it.
     """
+    DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
+    unit = whole_unit(unit, unit_rest)
     n_m, n_n = tl.cdiv(n_q, BLOCK_M), tl.cdiv(n_k, BLOCK_N)
     n_m_tiles = 1 if ONE_ROW else n_m
     i_n = tl.program_id(0) % n_n
@@ -101,7 +104,7 @@ def values_kernel(
         n_members *= n_m
     first, last = n_members * i_split // n_splits, n_members * (i_split + 1) // n_splits
     n_first = i_n * BLOCK_N
-    b_d_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_d_values = tl.zeros([BLOCK_M, BLOCK_N], DTYPE)
     # All members have the same tile of the bias.
     m_first = 0 if ONE_ROW else i_m * BLOCK_M
     o_o, o_i, o_h = member(i_own, 0, n_inner_shared, n_heads_shared, n_inner, n_heads)
@@ -118,18 +121,18 @@ def values_kernel(
         b_d_values += tile_gradient(
             q, k, v, d_out, level, delta, low, terms, masks, b_matrix, i_o, i_i, i_h, m_first, n_first,
             n_q, n_k, n_inner, n_heads, group, offset, unit,
-            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N,
+            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N, DTYPE,
         )  # fmt: skip
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)
     p_plane = d_values + (i_split * n_own + i_own).to(tl.int64) * (1 if ONE_ROW else n_q) * n_k
     o_n = n_first + tl.arange(0, BLOCK_N)
     if ONE_ROW:
-        tl.store(p_plane + o_n, tl.sum(b_d_values, 0), mask=o_n < n_k)
+        tl.store(p_plane + o_n, tl.sum(b_d_values, 0).to(tl.float32), mask=o_n < n_k)
     else:
         o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         p_values = p_plane + o_m.to(tl.int64) * n_k + o_n[None, :]
-        tl.store(p_values, b_d_values, mask=(o_m < n_q) & (o_n[None, :] < n_k))
+        tl.store(p_values, b_d_values.to(tl.float32), mask=(o_m < n_q) & (o_n[None, :] < n_k))
 
 
 @triton.jit(do_not_specialize=["n", "n_parts"])

@@ -141,10 +141,38 @@ def test_sums_over_all_scores_are_several_times_better_than_eager(case: Case, de
     assert statistics.median(ratios) < 0.25
 
 
+ALL_CASES = [
+    Case(bias=bias, n_q=33, n_k=17, c=24, batch=(), broadcast="bare", scale=0.2) for bias in ("factored", "dense")
+]
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=ids(ALL_CASES))
+def test_all_gradients_gain_by_scores_in_float64(case: Case, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if not plan.has_doubles(torch.device(device)):
+        pytest.skip("scores in float64 need triton 3.6, and a device that has units for them")
+    ratios: dict[str, list[float]] = {}
+    for seed in range(12):
+        inputs = build(replace(case, seed=seed), device)
+        doubles = {leaf: tensor.double() for leaf, tensor in inputs.leaves.items()}
+        truth = run(reference, case, inputs, doubles)
+        made = []
+        for has_doubles in (True, False):
+            monkeypatch.setattr(plan, "has_doubles", lambda device, has=has_doubles: has)
+            call.forget()
+            made.append(run(with_lse, case, inputs, inputs.leaves))
+        for name in truth:
+            if name.startswith("gradient"):
+                exactly, plainly = (float((some[name] - truth[name]).abs().max()) for some in made)
+                ratios.setdefault(name, []).append(exactly / plainly)
+    assert len(ratios) > 3
+    assert all(statistics.median(found) < 0.95 for found in ratios.values()), ratios
+
+
 @pytest.mark.parametrize("case", SUM_CASES, ids=ids(SUM_CASES))
-def test_sums_in_float64_leave_other_gradients_as_they_are(
+def test_at_wide_heads_sums_in_float64_leave_other_gradients_as_they_are(
     case: Case, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
+    case = replace(case, c=136)
     inputs = build(case, device)
     made = run(with_lse, case, inputs, inputs.leaves)
     monkeypatch.setattr(plan, "has_doubles", lambda device: False)

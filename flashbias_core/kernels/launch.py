@@ -164,8 +164,8 @@ def _gradients(
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     exactly: set[str] = set()
     if exact and plan.has_doubles(query.device):
-        # All where registers permit; at least those of which each number is a sum over all scores.
-        exactly = names if plan.doubles_fit(call.frame.constants) else names & TOTALS
+        scores = query.shape[:-1].numel() * key.shape[-2]
+        exactly = names if plan.all_by_doubles(scores, call.frame.constants) else names & TOTALS
     unit_rest = scale - c_float(scale).value
     gradients: dict[str, Tensor | None] = {}
     # Each by itself: statistics are those of the scores that a pass has, so that their errors cancel.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from standins import StandIn
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from flashbias.kernels import compiled, gate, halves, known, norm, points, replay
 
@@ -109,16 +109,14 @@ def test_a_pass_that_is_made_again_takes_its_own_tensors(name: str, device: str)
         assert torch.equal(ours, truth)
 
 
-class Launched(CompiledKernel):
+class Launched(StandIn):
     """A kernel that notes how it is launched."""
 
     function, packed_metadata = 7, (4, 1, 0)
 
     def __init__(self, made: list[Any]) -> None:
-        self.module, self.made = None, made
-
-    def _init_handles(self) -> None:
-        pass
+        super().__init__()
+        self.made = made
 
     @property
     def run(self) -> Callable[..., None]:

@@ -1,0 +1,25 @@
+"""What stands in for compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from triton.compiler import CompiledKernel
+
+
+class StandIn(CompiledKernel):
+    """A kernel without code: launched as it is, or straight, `self[grid]` is called with the kernel's arguments."""
+
+    function = packed_metadata = None
+
+    def __init__(self) -> None:
+        self.module = None
+
+    def _init_handles(self) -> None:
+        """Is not loaded, which triton 3.3 would do when asked for `run`."""
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        # Between the grid and the kernel's arguments: a stream, the two above, and three of hooks.
+        return lambda *given: self[given[:3]](*given[9:])

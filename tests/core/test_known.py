@@ -134,7 +134,7 @@ def test_launches_are_told_to_those_who_listen(monkeypatch: pytest.MonkeyPatch) 
     active = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 100 + device))
     monkeypatch.setattr(compiled, "driver", active)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compiled, "has_gpu", lambda: True)
     launch = compiled.launcher(kernel, (2, 3, 1))
     launch("x", 5)
     hook = compiled.hooks.launch_enter_hook
@@ -145,7 +145,7 @@ def test_launches_are_told_to_those_who_listen(monkeypatch: pytest.MonkeyPatch) 
     launch("z", 7)
     straight = 2, 3, 1, 101, 7, (4, 1, 0), None, None, None
     assert made == [(*straight, "x", 5), ("told", (2, 3, 1), ("y", 6)), (*straight, "z", 7)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compiled, "has_gpu", lambda: False)
     compiled.launcher(kernel, (2, 3, 1))("w")
     assert made[-1] == ("told", (2, 3, 1), ("w",))
 

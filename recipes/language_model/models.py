@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,9 @@ def measure(name: str, lengths: Sequence[int], decode: int, path: Path | None, d
         for row in prefills(model, tokens, device, full):
             full |= {row["attention"]} if "OutOfMemory" in row["reason"] else set()
             yield base | row
-    for attention in (*ATTENTIONS, NO_CUDNN) if decode else ():
-        yield base | _row("decode", attention, decode, partial(decoding, model, attention, decode, device))
-        free(device)
+    for row in decodings(model, decode, device) if decode else ():
+        yield base | row
+    free(device)
 
 
 def _row(work: str, attention: str, tokens: int, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -219,23 +220,38 @@ def prefill(model: Any, attention: str, tokens: int, device: str) -> list[float]
         return [milliseconds(lambda: model.base_model(ids, use_cache=True), device) for _ in range(TURN)]
 
 
-def decoding(model: Any, attention: str, tokens: int, device: str) -> dict[str, Any]:
-    """Tokens a second, one at a time, behind a prompt of so many; the prompt is read by ours."""
+def decodings(model: Any, tokens: int, device: str) -> list[dict[str, Any]]:
+    """A row for each attention: tokens a second, one at a time, behind a prompt of so many, which ours reads.
+
+    Attentions take turns behind one cache, which grows by little; the first turn only warms them up.
+    """
     import torch
 
-    ids = _ids(model, 1, device)
-    with torch.no_grad():
-        with as_asked("flashbias"):
+    ids, attentions = _ids(model, 1, device), (*ATTENTIONS, NO_CUDNN)
+    rows = {attention: _empty_row("decode", attention, tokens) for attention in attentions}
+    try:
+        with torch.no_grad(), as_asked("flashbias"):
             cache = model.base_model(_ids(model, tokens, device), use_cache=True).past_key_values
+    except Exception as failure:
+        return [row | {"reason": reason(failure)} for row in rows.values()]
 
-        def step() -> None:
-            for _ in range(DECODED):
-                model.base_model(ids, past_key_values=cache, use_cache=True)
+    def step() -> None:
+        for _ in range(DECODED):
+            model.base_model(ids, past_key_values=cache, use_cache=True)
 
-        with as_asked(attention):
-            step()
-            elapsed = statistics.median(milliseconds(step, device) for _ in range(REPEATS))
-    return {"milliseconds": round(elapsed / DECODED, 3), "tokens_per_second": round(DECODED * 1e3 / elapsed, 2)}
+    times: dict[str, list[float]] = {attention: [] for attention in attentions}
+    for _, attention in product(range(1 + REPEATS), attentions):
+        if not rows[attention]["reason"]:
+            try:
+                with torch.no_grad(), as_asked(attention):
+                    times[attention].append(milliseconds(step, device))
+            except Exception as failure:
+                rows[attention]["reason"] = reason(failure)
+    for attention, row in rows.items():
+        if not row["reason"]:
+            elapsed = statistics.median(times[attention][1:]) / DECODED
+            row |= {"milliseconds": round(elapsed, 3), "tokens_per_second": round(1e3 / elapsed, 2)}
+    return list(rows.values())
 
 
 def _ids(model: Any, tokens: int, device: str) -> Any:

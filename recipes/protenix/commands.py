@@ -37,6 +37,7 @@ def compare(
     steps: Steps = 20,
     samples: Samples = 5,
     seed: Seed = 101,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, each with noise and random weights of its own.")] = 1,
     tokens: Tokens = None,
     features: Features = None,
     checkpoint: Checkpoint = None,
@@ -48,13 +49,13 @@ def compare(
 
     All against the torch kernel in fp32. Writes protenix_compare.csv; the last line of stdout is JSON. Exit code 1: the
     patch's coordinates are further away than 2 times what other chunks of rows do to the torch kernel's in fp32, or
-    than the stock kernels' in bf16.
+    than the stock kernels' in bf16; with several seeds by more than two standard errors.
     """
     from .report import Request, Size, as_table, title
     from .report import compare as run
 
     size = Size(cycles, steps, samples, seed)
-    rows, kept = run(Request(size, tokens, features, checkpoint, blocks, device, out=out))
+    rows, kept = run(Request(size, tokens, features, checkpoint, blocks, device, seeds=seeds, out=out))
     _show(as_table(rows, title(rows)))
     for promise, holds in kept.items():
         print(f"{promise}: {'not measured' if holds is None else 'yes' if holds else 'NO'}")

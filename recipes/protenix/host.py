@@ -137,6 +137,17 @@ def _redraw_zeros(model: Any) -> int:
     return len(zero)
 
 
+def redraw(model: Any, seed: int) -> None:
+    """Draw all matrices anew, each with the standard deviation that it has: another model of random weights."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=float(parameter.std()))
+
+
 @contextlib.contextmanager
 def stand_ins() -> Iterator[list[str]]:
     """Inside, Protenix' model can be imported without rdkit and optree; yields the names of those that were missing.

@@ -60,7 +60,7 @@ def test_every_attention_has_its_row_and_a_failure_says_why(tmp_path, monkeypatc
     monkeypatch.setattr(models, "DECODED", 2)
     monkeypatch.setattr(models, "REPEATS", 1)
     kind, options = models.MODELS["tiny-mpt"]
-    monkeypatch.setitem(models.MODELS, "tiny-mpt", (kind, options | {"max_seq_len": 48}))
+    monkeypatch.setitem(models.MODELS, "tiny-mpt", (kind, options | {"max_seq_len": 60}))
     assert models.run(["tiny-mpt"], [32, 64], 40, None, "cpu", tmp_path) == 0
     rows = read(tmp_path / "language_model_models.csv")
     assert [(row["work"], row["attention"], row["tokens"]) for row in rows] == [

@@ -160,6 +160,41 @@ def test_compare_reports_what_is_promised(tmp_path):
     assert done.exit_code == (0 if fp32 and bf16 else 1)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "holds"),
+    [
+        ([0.8], [0.79], False),
+        ([0.79], [0.79], True),
+        ([0.80, 0.78, 0.81, 0.79], [0.79, 0.80, 0.78, 0.80], True),
+        ([0.80, 0.79, 0.81, 0.80], [0.77, 0.76, 0.79, 0.77], False),
+        ([0.70, 0.69, 0.71, 0.70], [0.77, 0.76, 0.79, 0.77], True),
+    ],
+)
+def test_distances_are_larger_where_chance_does_not_explain_it(ours, theirs, holds):
+    assert report.no_further(ours, theirs) == holds
+
+
+def test_each_seed_has_weights_and_noise_of_its_own(tmp_path, monkeypatch):
+    weights, sizes = [], []
+
+    def noted(host, *others, run=whole.run):
+        weights.append([p.detach().clone() for p in host.model.parameters() if p.dim() > 1])
+        sizes.append(others[2])
+        return run(host, *others)
+
+    monkeypatch.setattr(report, "run", noted)
+    request = report.Request(whole.Size(1, 2, 2), tokens=12, blocks=1, device="cpu", seeds=2, out=tmp_path)
+    variants = {"torch": whole.Variant("torch", "fp32"), whole.OURS: whole.Variant(whole.OURS, "fp32")}
+    rows = report.measure(request, variants, "torch", tmp_path / "rows.csv")
+    assert [size.seed for size in sizes] == [row["seed"] for row in rows] == [101, 101, 102, 102]
+    assert [row["rmsd_mean"] == 0 for row in rows] == [True, False, True, False]
+    for first, same, other in zip(weights[0], weights[1], weights[2], strict=True):
+        assert torch.equal(first, same)
+        if first.any():
+            assert not torch.equal(first, other)
+            assert first.numel() < 1000 or 0.8 < float(other.std() / first.std()) < 1.25
+
+
 def test_sweep_measures_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "REPEATS", 1)
     arguments = ["protenix", "sweep", *SMALL[2:], "--tokens", "8,12", "--out", str(tmp_path)]

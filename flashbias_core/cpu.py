@@ -1,4 +1,4 @@
-"""Attention on the CPU: blocks of queries against all their keys, in fp32, recomputed on the way back.
+"""Attention on the CPU: blocks of queries against all their keys, in fp32 or float64, recomputed on the way back.
 
 `cpu_parts.py` cuts a call into parts and blocks and forms their scores; `cpu_blocks.py` has the arithmetic on a block.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import plan
 from .cpu_blocks import accumulate, exponentiate, multiply, sum_along
 from .cpu_parts import as_matrices, parts
 from .operands import TOTALS, Operands
@@ -32,7 +33,8 @@ def forward(
     """
     out = new_output(query, value.shape[-1]).zero_()
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    for part in parts(query, key, value, operands, scale, {"out": (out, 2), "lse": (lse, 1)}):
+    dtype = _dtype(query, key)
+    for part in parts(query, key, value, operands, scale, {"out": (out, 2), "lse": (lse, 1)}, dtype):
         for rows, n in part.blocks():
             weights = part.scores(rows, n, part.distance(rows, n))
             top, total = exponentiate(weights)
@@ -60,15 +62,22 @@ def backward(
 
     The weights and the row sums of `P dP` come from the recomputed scores and not from `lse` and `out`, whose
     rounding errors the gradients of slopes and coordinates would multiply by distances. Where inputs are fp32,
-    gradients that are sums over all scores, of slopes and tables, come from scores in float64.
+    gradients that are sums over all scores, of slopes and tables, come from scores in float64 however many there are.
     """
-    totals = names & TOTALS if query.dtype == torch.float32 else set()
+    dtype = _dtype(query, key)
+    totals = names & TOTALS if query.dtype == dtype == torch.float32 else set()
     gradients: dict[str, Tensor] = {}
     # Each by itself: a gradient does not depend on which others are wanted.
-    for some, dtype in ((names - totals, torch.float32), (totals, torch.float64)):
+    for some, its in ((names - totals, dtype), (totals, torch.float64)):
         if some:
-            gradients |= _gradients(grad_out, grad_lse, query, key, value, operands, scale, some, dtype)
+            gradients |= _gradients(grad_out, grad_lse, query, key, value, operands, scale, some, its)
     return gradients
+
+
+def _dtype(query: Tensor, key: Tensor) -> torch.dtype:
+    """That in which a call is computed."""
+    scores = query.shape[:-1].numel() * key.shape[-2]
+    return torch.float64 if plan.in_doubles(scores, query.dtype) else torch.float32
 
 
 def _gradients(

@@ -21,7 +21,7 @@ TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tenso
 EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
 REGISTERS = 1 << 16  # of a processor
 ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
-FEW_SCORES = 1 << 23  # up to which all gradients of fp32 come from scores in float64
+FEW_SCORES = 1 << 23  # up to which all of a call in fp32 comes from scores in float64
 # Devices with half as many units of float64 as of fp32, where others have few, and since when triton uses them well.
 DOUBLES = {(8, 0): (3, 6), (9, 0): (3, 6), (10, 0): (3, 9)}
 PART = 512  # keys that a program gets at least where several share a tile's
@@ -182,21 +182,17 @@ def has_bf16x6(device: torch.device) -> bool:
 
 @cache
 def has_doubles(device: torch.device) -> bool:
-    """Whether gradients get scores in float64 where inputs are fp32.
+    """Whether scores can be formed in float64 where inputs are fp32.
 
-    They miss the accuracy bound wherever an eager computation errs by chance less than it mostly does, unless their
-    errors are several times smaller: above all those that are few sums over everything.
+    In fp32 what comes of them misses the accuracy bound wherever an eager computation errs by chance less than it
+    mostly does, unless its errors are several times smaller: few numbers, or sums of all scores.
     """
     return doubles_on(_capability(device)) if device.type == "cuda" else triton_version() >= (3, 6)
 
 
-def all_by_doubles(scores: int, constants: Mapping[str, Any]) -> bool:
-    """Whether all gradients of a call with so many scores come from those in float64, not only sums over all of them.
-
-    Among few numbers chance weighs most, and the time that float64 takes least; wider ones would spill registers.
-    """
-    narrow = max(constants["WIDTH"], constants["WIDTH_V"]) <= 128 and constants["RANK"] <= 64
-    return narrow and scores <= FEW_SCORES
+def in_doubles(scores: int, dtype: torch.dtype) -> bool:
+    """Whether all of a call comes from scores in float64: where they are few, chance weighs most, and time least."""
+    return dtype == torch.float32 and scores <= FEW_SCORES
 
 
 def doubles_on(capability: tuple[int, int]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .backward import NOT_SPECIALIZED, whole_unit
 from .terms import (
     LOG2_E,
     add_distances,
@@ -22,6 +23,7 @@ from .terms import (
     load_matrix,
     load_rows,
     mask_scores,
+    over,
     products,
     program,
     row_place,
@@ -29,16 +31,21 @@ from .terms import (
 )
 
 
-@triton.jit(do_not_specialize=["n_splits", "n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"])
+@triton.jit(do_not_specialize=["n_splits", *NOT_SPECIALIZED])
 def forward_kernel(
-    q, k, v, out, lse, terms, masks, tiles,
+    q, k, v, out, lse, terms, masks, tiles, unit_rest,
     n_splits, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
     CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
     ABREAST: tl.constexpr, LONG: tl.constexpr, IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE; with IN_PARTS those of one of `n_splits` parts of the keys, each in a plane of its own."""
+    """Output and LSE; with IN_PARTS those of one of `n_splits` parts of the keys, each in a plane of its own.
+
+    With `unit_rest`, what fp32 leaves of the unit, scores, probabilities and their sums are formed in float64.
+    """
+    DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
+    unit = whole_unit(unit, unit_rest)
     n_tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh, i_o, i_i, i_h, i_kv = program(n_tiles, n_inner, n_heads, group)
     m_first = (n_tiles - 1 - i_tile) * BLOCK_M  # under a causal mask the longest first
@@ -55,17 +62,17 @@ def forward_kernel(
     # Softmax does not see what is constant along a row: where nothing but the keys' order counts, distances are those
     # to the tile's first row, and the part that a tile's entries have in common is not added to each of them.
     FAR: tl.constexpr = (terms.slopes is not None and terms.q_positions is None) and not SYMMETRIC
+    b_max = tl.full([BLOCK_M], float("-inf"), DTYPE)
     slope = 0.0
-    ahead = 0.0
+    ahead = tl.full([], 0.0, DTYPE)
     if FAR:
-        slope = tl.div_rn(load_item(terms.slopes, i_o, i_i, i_h), unit)
+        slope = over(load_item(terms.slopes, i_o, i_i, i_h), unit, b_max)
 
     b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
     b_q_columns = b_q
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], DTYPE)
     b_out = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     to_log2 = unit * LOG2_E
 
@@ -80,11 +87,11 @@ def forward_kernel(
                 b_s = products(
                     b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
                     m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION,
-                    phase == 1,
+                    phase == 1, DTYPE,
                 )  # fmt: skip
                 if FAR:
                     b_s = add_scaled(b_s, slope, steps(BLOCK_N, True))
-                    ahead = slope * (n_first - m_first - offset).to(tl.float32)
+                    ahead = slope * (n_first - m_first - offset).to(DTYPE)
                 else:
                     b_s = add_distances(
                         b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
@@ -112,8 +119,8 @@ def forward_kernel(
                 b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
                 if EXACT:
                     # Added outside of the product: tensor cores truncate what they accumulate, too much in the end.
-                    b_pv = tl.dot(b_p, b_v, input_precision=PRECISION)  # [M, N] @ [N, Cv]
-                    b_out = tl.fma(b_out, b_rescale[:, None].broadcast_to(BLOCK_M, WIDTH_V), b_pv)
+                    b_pv = tl.dot(b_p.to(tl.float32), b_v, input_precision=PRECISION)  # [M, N] @ [N, Cv]
+                    b_out = tl.fma(b_out, b_rescale.to(tl.float32)[:, None].broadcast_to(BLOCK_M, WIDTH_V), b_pv)
                 else:
                     b_out = b_out * b_rescale[:, None]
                     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)  # [M, N] @ [N, Cv]
@@ -122,7 +129,7 @@ def forward_kernel(
     b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max * unit + tl.log(b_sum))
     if FAR:  # the LSE is that of the true bias
         b_lse -= slope * unit * tl.arange(0, BLOCK_M)
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum).to(tl.float32)[:, None]
     b_out = tl.div_rn(b_out, b_sum.broadcast_to(BLOCK_M, WIDTH_V)) if EXACT else b_out / b_sum
 
     if IN_PARTS:
@@ -139,7 +146,10 @@ def combine_kernel(
     out_parts, lse_parts, out, lse, n_splits, n_q, n_heads,
     C_V: tl.constexpr, WIDTH_V: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of a row from those of the parts of its keys, `(n_splits, rows, Cv)` and `(n_splits, rows)`."""
+    """Output and LSE of a row from those of the parts of its keys, `(n_splits, rows, Cv)` and `(n_splits, rows)`.
+
+    LSEs of parts are in float64 where scores were.
+    """
     i_row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_part = tl.arange(0, BLOCK)
     o_c = tl.arange(0, WIDTH_V)
@@ -149,7 +159,7 @@ def combine_kernel(
     total = tl.sum(b_weight, 0)
     p_out = out_parts + (o_part[:, None] * n_rows + i_row) * C_V + o_c[None, :]
     b_out = tl.load(p_out, mask=(o_part[:, None] < n_splits) & (o_c[None, :] < C_V), other=0.0)
-    b_out = tl.div_rn(tl.sum(b_out * b_weight[:, None], 0), tl.where(total == 0.0, 1.0, total))
+    b_out = over(tl.sum(b_out * b_weight[:, None], 0), tl.where(total == 0.0, 1.0, total), b_lse)
     tl.store(lse + i_row, tl.where(total == 0.0, float("-inf"), largest + tl.log(total)))
     p_out = out + row_place(i_row // n_q, i_row % n_q, n_q, n_heads, ABREAST) * C_V + o_c
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=o_c < C_V)

@@ -113,14 +113,17 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
 
         hopper.forward(call, teams, out, lse, abreast(query))
         return out, lse
-    tiles = call.tiles("forward", query)
+    exactly = _in_doubles(query, key)
+    tiles = call.tiles("double forward" if exactly else "forward", query)
     programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
     splits = plan.key_splits(programs, key.shape[-2], query.device)
     parts = out, lse
     if splits > 1:
-        parts = room(query, (splits, *out.shape), torch.float32), room(lse, (splits, *lse.shape))
+        lse_dtype = torch.float64 if exactly else torch.float32
+        parts = room(query, (splits, *out.shape), torch.float32), room(lse, (splits, *lse.shape), lse_dtype)
     call.launch(
         forward_kernel, (programs, splits), tiles, out=parts[0], lse=parts[1], n_splits=splits,
+        unit_rest=_unit_rest(scale) if exactly else None,
         ABREAST=abreast(query), LONG=call.frame.traits["LONG"], IN_PARTS=splits > 1,
     )  # fmt: skip
     if splits > 1:
@@ -131,6 +134,17 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
             BLOCK=1 << (splits - 1).bit_length(),
         )  # fmt: skip
     return out, lse
+
+
+def _in_doubles(query: Tensor, key: Tensor) -> bool:
+    """Whether all of a call comes from scores in float64."""
+    scores = query.shape[:-1].numel() * key.shape[-2]
+    return plan.in_doubles(scores, query.dtype) and plan.has_doubles(query.device)
+
+
+def _unit_rest(scale: float) -> float:
+    """What fp32, in which kernels are given a number, leaves of the unit."""
+    return scale - c_float(scale).value
 
 
 def _backward(
@@ -164,12 +178,12 @@ def _gradients(
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     exactly: set[str] = set()
     if exact and plan.has_doubles(query.device):
-        scores = query.shape[:-1].numel() * key.shape[-2]
-        exactly = names if plan.all_by_doubles(scores, call.frame.constants) else names & TOTALS
-    unit_rest = scale - c_float(scale).value
+        # Wider ones would spill registers.
+        narrow = max(call.frame.constants["WIDTH"], call.frame.constants["WIDTH_V"]) <= WIDE
+        exactly = names if narrow and _in_doubles(query, key) else names & TOTALS
     gradients: dict[str, Tensor | None] = {}
     # Each by itself: statistics are those of the scores that a pass has, so that their errors cancel.
-    for some, rest in ((names - exactly, None), (exactly, unit_rest)):
+    for some, rest in ((names - exactly, None), (exactly, _unit_rest(scale))):
         if some:
             gradients |= _pass(given, query, key, value, operands, some, values_dtype, call, statistics, rest)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}

@@ -147,7 +147,9 @@ ALL_CASES = [
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=ids(ALL_CASES))
-def test_all_gradients_gain_by_scores_in_float64(case: Case, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_output_and_gradients_gain_by_scores_in_float64(
+    case: Case, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     if not plan.has_doubles(torch.device(device)):
         pytest.skip("scores in float64 need triton 3.6, and a device that has units for them")
     ratios: dict[str, list[float]] = {}
@@ -160,11 +162,10 @@ def test_all_gradients_gain_by_scores_in_float64(case: Case, monkeypatch: pytest
             monkeypatch.setattr(plan, "has_doubles", lambda device, has=has_doubles: has)
             call.forget()
             made.append(run(with_lse, case, inputs, inputs.leaves))
-        for name in truth:
-            if name.startswith("gradient"):
-                exactly, plainly = (float((some[name] - truth[name]).abs().max()) for some in made)
-                ratios.setdefault(name, []).append(exactly / plainly)
-    assert len(ratios) > 3
+        for name in truth.keys() - {"lse"}:  # whose error is that of its own rounding
+            exactly, plainly = (float((some[name] - truth[name]).abs().max()) for some in made)
+            ratios.setdefault(name, []).append(exactly / plainly)
+    assert len(ratios) > 4
     assert all(statistics.median(found) < 0.95 for found in ratios.values()), ratios
 
 

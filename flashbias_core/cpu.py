@@ -75,9 +75,9 @@ def backward(
 
 
 def _dtype(query: Tensor, key: Tensor) -> torch.dtype:
-    """That in which a call is computed."""
-    scores = query.shape[:-1].numel() * key.shape[-2]
-    return torch.float64 if plan.in_doubles(scores, query.dtype) else torch.float32
+    """That in which a call is computed: float64 for few scores in fp32."""
+    few = plan.is_few(query.shape[:-1].numel() * key.shape[-2])
+    return torch.float64 if few and query.dtype == torch.float32 else torch.float32
 
 
 def _gradients(

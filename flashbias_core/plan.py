@@ -21,7 +21,7 @@ TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tenso
 EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
 REGISTERS = 1 << 16  # of a processor
 ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
-FEW_SCORES = 1 << 23  # up to which all of a call in fp32 comes from scores in float64
+FEW_SCORES = 1 << 23  # up to which accuracy is worth more than time
 # Devices with half as many units of float64 as of fp32, where others have few, and since when triton uses them well.
 DOUBLES = {(8, 0): (3, 6), (9, 0): (3, 6), (10, 0): (3, 9)}
 PART = 512  # keys that a program gets at least where several share a tile's
@@ -190,9 +190,9 @@ def has_doubles(device: torch.device) -> bool:
     return doubles_on(_capability(device)) if device.type == "cuda" else triton_version() >= (3, 6)
 
 
-def in_doubles(scores: int, dtype: torch.dtype) -> bool:
-    """Whether all of a call comes from scores in float64: where they are few, chance weighs most, and time least."""
-    return dtype == torch.float32 and scores <= FEW_SCORES
+def is_few(scores: int) -> bool:
+    """Whether in so many scores chance weighs most, and what makes them more accurate takes the least time."""
+    return scores <= FEW_SCORES
 
 
 def doubles_on(capability: tuple[int, int]) -> bool:

@@ -7,6 +7,7 @@ compares output, LSE and every gradient with the float64 oracle, by the error of
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -127,6 +128,30 @@ def pairwise(*axes: Sequence[dict[str, Any]], base: Case | None = None) -> list[
             changes.update(axes[axis][i])
         cases.append(replace(base, **changes, seed=len(cases)))
     return cases
+
+
+def drawn(seed: int, dtypes: Sequence[torch.dtype], lengths: Sequence[int] = (1, 2, 3, 15, 17, 31, 48, 65)) -> Case:
+    """A case of which everything is drawn at random."""
+    draw = random.Random(seed)
+    heads = draw.choice((1, 2, 3, 4))
+    return Case(
+        bias=draw.choice((*BIASES, *SUMS)),
+        mask=draw.choice((*MASKS, *JOINS)),
+        dtype=draw.choice(dtypes),
+        batch=draw.choice(((), (1,), (2,), (1, 2))),
+        heads=heads,
+        kv_heads=draw.choice([None, *(own for own in range(1, heads) if heads % own == 0)]),
+        n_q=draw.choice(lengths),
+        n_k=draw.choice(lengths),
+        c=draw.choice((1, 3, 16, 24, 32, 40, 64, 72, 80)),
+        c_v=draw.choice((None, 8, 33, 64)),
+        rank=draw.choice((1, 3, 8, 12, 17, 33, 64, 96)),
+        broadcast=draw.choice(BROADCASTS),
+        layout=draw.choice(LAYOUTS),
+        cotangents=draw.choice(("both", "out", "lse")),
+        scale=draw.choice((None, 0.2, 1.0, -0.3)),
+        seed=seed,
+    )
 
 
 def build(case: Case, device: torch.device | str = "cpu") -> Inputs:

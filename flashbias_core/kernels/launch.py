@@ -30,6 +30,7 @@ DELTA_ROWS = 32
 WIDE = 128  # features
 NUMBERS = ("symmetric", "causal", "offset")  # of the operands, the last ones
 FEW_COLUMNS = 4
+QUERY_SIDE = {"query", "q_factor", *TOTALS}  # whose gradients the queries' kernel makes
 
 
 def again(
@@ -115,7 +116,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
         return out, lse
     exactly = _in_doubles(query, key)
     tiles = call.tiles("double forward" if exactly else "forward", query)
-    programs = plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
+    programs = _programs(query, tiles)
     splits = plan.key_splits(programs, key.shape[-2], query.device)
     parts = out, lse
     if splits > 1:
@@ -136,10 +137,13 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
     return out, lse
 
 
+def _has_few(query: Tensor, key: Tensor) -> bool:
+    return plan.is_few(query.shape[:-1].numel() * key.shape[-2])
+
+
 def _in_doubles(query: Tensor, key: Tensor) -> bool:
-    """Whether all of a call comes from scores in float64."""
-    scores = query.shape[:-1].numel() * key.shape[-2]
-    return plan.in_doubles(scores, query.dtype) and plan.has_doubles(query.device)
+    """Whether all of a call comes from scores in float64: of few in fp32."""
+    return query.dtype == torch.float32 and _has_few(query, key) and plan.has_doubles(query.device)
 
 
 def _unit_rest(scale: float) -> float:
@@ -200,10 +204,11 @@ def _pass(
     better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
+    few = _has_few(query, key)
     gradients: dict[str, Tensor | None] = {}
     # First the queries' side, which improves the statistics for the others where their gradients need it.
-    if better or names & {"query", "q_factor"}:
-        gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better, unit_rest)
+    if better or few or names & QUERY_SIDE:
+        gradients |= _query_side(query, operands.k_factor, given, names, call, statistics, better, few, unit_rest)
     else:
         _make_statistics(query, given, call, statistics)
     if names & {"key", "value", "k_factor"}:
@@ -237,10 +242,12 @@ def _make_statistics(query: Tensor, given: Forward, call: Call, statistics: dict
 
 def _query_side(
     query: Tensor, k_factor: Tensor | None, given: Forward, names: set[str], call: Call,
-    statistics: dict[str, Any], better: bool, unit_rest: float | None,
+    statistics: dict[str, Any], better: bool, few: bool, unit_rest: float | None,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Statistics, gradients of queries, of their factor and of slopes; `better` than the dtype of the queries is.
 
+    For `few` scores in half precision a launch of its own betters the statistics first, since the gradient of queries
+    feels it too: rows of rounded outputs that attend to one key have a delta that is off by as much as dP.
     With `unit_rest`, what fp32 leaves of the unit, from scores in float64.
     """
     factor = k_factor if "q_factor" in names else None
@@ -257,14 +264,21 @@ def _query_side(
     d_slopes = _per_row(query, double) if "slopes" in names else None
     d_far = Far(_per_row(query, double), _per_row(query, double)) if "table" in names else Far(None, None)
     made: dict[str, Any] = {"d_query": d_query, "d_slopes": d_slopes, "d_far": d_far if "table" in names else None}
+    common = {"d_lse": given.d_lse, "unit_rest": unit_rest, "SPLIT": _is_split(factor, query), **statistics}
+    slices = _slices(side)
+    if few and statistics["low"] is None:
+        small = call.tiles("statistics", query)
+        call.launch(
+            queries_kernel, (_programs(query, small), 1), small, **dict.fromkeys(made), EXCESS=True, d_columns=None,
+            gradient_columns=None, GRADIENT_RANK=0, **common,
+        )  # fmt: skip
+        slices = slices if names & QUERY_SIDE else []
     parts: list[Tensor] = []
-    for start, stop in _slices(side):
+    for start, stop in slices:
         part = room(query, (*query.shape[:-1], stop - start), torch.float32) if stop else None
         call.launch(
-            queries_kernel, (plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel(), 1), tiles, **made,
-            d_lse=given.d_lse, EXCESS=better, d_columns=part, unit_rest=unit_rest,
-            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start,
-            SPLIT=_is_split(factor, query), **statistics,
+            queries_kernel, (_programs(query, tiles), 1), tiles, **made, EXCESS=better, d_columns=part,
+            gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start, **common,
         )  # fmt: skip
         made = dict.fromkeys(made)
         parts += [] if part is None else [part]
@@ -276,6 +290,11 @@ def _query_side(
         "behind": behind,
         "q_factor": None if side is None else side.combine(_joined(parts)),
     }
+
+
+def _programs(query: Tensor, tiles: Tiles) -> int:
+    """One for each tile of queries."""
+    return plan.cdiv(query.shape[-2], tiles.block_m) * query.shape[:-2].numel()
 
 
 def _key_side(

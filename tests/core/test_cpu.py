@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, build, check, ids, pairwise
+from cases import BIASES, BROADCASTS, JOINS, LAYOUTS, MASKS, SUMS, Case, build, check, drawn, ids, pairwise
 
 from flashbias import (
     ALiBi,
@@ -75,6 +75,14 @@ CASES = pairwise(BIAS, MASK, axis(dtype=DTYPES), SHAPES, axis(broadcast=BROADCAS
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_is_as_accurate_as_the_contract_says(case: Case) -> None:
+    check(case)
+
+
+DRAWN = [drawn(seed, DTYPES, lengths=(1, 2, 17, 64, 127, 200)) for seed in range(100)]
+
+
+@pytest.mark.parametrize("case", DRAWN, ids=ids(DRAWN))
+def test_is_as_accurate_in_anything(case: Case) -> None:
     check(case)
 
 

@@ -16,6 +16,8 @@ from .cpu_parts import as_matrices, parts
 from .operands import TOTALS, Operands
 from .output import new_output
 
+COPIED = 4  # times as long as to compute a score takes to copy an entry that no more than one score reads
+
 
 def again(known: object, tensors: object, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """What `make()` gives, output and LSE: here nothing is spared by what is known of calls before."""
@@ -33,7 +35,7 @@ def forward(
     """
     out = new_output(query, value.shape[-1]).zero_()
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    dtype = _dtype(query, key)
+    dtype = _dtype(query, key, value)
     for part in parts(query, key, value, operands, scale, {"out": (out, 2), "lse": (lse, 1)}, dtype):
         for rows, n in part.blocks():
             weights = part.scores(rows, n, part.distance(rows, n))
@@ -64,7 +66,7 @@ def backward(
     rounding errors the gradients of slopes and coordinates would multiply by distances. Where inputs are fp32,
     gradients that are sums over all scores, of slopes and tables, come from scores in float64 however many there are.
     """
-    dtype = _dtype(query, key)
+    dtype = _dtype(query, key, value)
     totals = names & TOTALS if query.dtype == dtype == torch.float32 else set()
     gradients: dict[str, Tensor] = {}
     # Each by itself: a gradient does not depend on which others are wanted.
@@ -74,9 +76,9 @@ def backward(
     return gradients
 
 
-def _dtype(query: Tensor, key: Tensor) -> torch.dtype:
-    """That in which a call is computed: float64 for few scores in fp32."""
-    few = plan.is_few(query.shape[:-1].numel() * key.shape[-2])
+def _dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
+    """That in which a call is computed: float64 for few scores in fp32, and few keys and values, which it copies."""
+    few = plan.is_few(query.shape[:-1].numel() * key.shape[-2]) and plan.is_few(COPIED * (key.numel() + value.numel()))
     return torch.float64 if few and query.dtype == torch.float32 else torch.float32
 
 

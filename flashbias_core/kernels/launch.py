@@ -182,7 +182,7 @@ def _gradients(
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
     exactly: set[str] = set()
     if exact and plan.has_doubles(query.device):
-        # Wider ones would spill registers.
+        # Wider ones would spill registers, of which the forward pass needs fewer.
         narrow = max(call.frame.constants["WIDTH"], call.frame.constants["WIDTH_V"]) <= WIDE
         exactly = names if narrow and _in_doubles(query, key) else names & TOTALS
     gradients: dict[str, Tensor | None] = {}
@@ -204,7 +204,7 @@ def _pass(
     better |= bool(names & {"q_factor", "k_factor"}) and _is_split(operands.q_factor, query)
     # Over so many features the rounding of outputs adds up to more in delta than a gradient of single scores may lose.
     better |= "values" in names and value.shape[-1] > WIDE
-    few = _has_few(query, key)
+    few = _has_few(query, key) and names != {"value"}  # for which delta does not count
     gradients: dict[str, Tensor | None] = {}
     # First the queries' side, which improves the statistics for the others where their gradients need it.
     if better or few or names & QUERY_SIDE:

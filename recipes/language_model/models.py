@@ -229,11 +229,7 @@ def decodings(model: Any, tokens: int, device: str) -> list[dict[str, Any]]:
 
     ids, attentions = _ids(model, 1, device), (*ATTENTIONS, NO_CUDNN)
     rows = {attention: _empty_row("decode", attention, tokens) for attention in attentions}
-    try:
-        with torch.no_grad(), as_asked("flashbias"):
-            cache = model.base_model(_ids(model, tokens, device), use_cache=True).past_key_values
-    except Exception as failure:
-        return [row | {"reason": reason(failure)} for row in rows.values()]
+    cache: Any = None
 
     def step() -> None:
         for _ in range(DECODED):
@@ -241,12 +237,19 @@ def decodings(model: Any, tokens: int, device: str) -> list[dict[str, Any]]:
 
     times: dict[str, list[float]] = {attention: [] for attention in attentions}
     for _, attention in product(range(1 + REPEATS), attentions):
-        if not rows[attention]["reason"]:
-            try:
-                with torch.no_grad(), as_asked(attention):
+        if rows[attention]["reason"]:
+            continue
+        try:
+            with torch.no_grad():
+                if cache is None:
+                    with as_asked("flashbias"):
+                        cache = model.base_model(_ids(model, tokens, device), use_cache=True).past_key_values
+                with as_asked(attention):
                     times[attention].append(milliseconds(step, device))
-            except Exception as failure:
-                rows[attention]["reason"] = reason(failure)
+        except Exception as failure:
+            rows[attention]["reason"] = reason(failure)
+            cache = None  # some layers have one key more than others
+            free(device)
     for attention, row in rows.items():
         if not row["reason"]:
             elapsed = statistics.median(times[attention][1:]) / DECODED

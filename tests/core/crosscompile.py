@@ -1,7 +1,8 @@
 """Compile the operator's kernels for any architecture, on a machine without a GPU.
 
-Reads one JSON object a line, `{"arch": 90, "teams": false, "bias": "dense", "dtype": "bfloat16", ...}` with fields of
-`cases.Case`, and prints one per kernel: number of the request, tile, shared memory and spills in bytes, registers.
+Reads one JSON object a line, `{"arch": 90, "teams": false, "many": false, "bias": "dense", "dtype": "bfloat16", ...}`
+with fields of `cases.Case`; `many`: as calls of more scores than are few. Prints one per kernel: number of the request,
+tile, shared memory and spills in bytes, registers.
 `tests` must be on the path, and TRITON_INTERPRET unset. The calls are those of `kernels.launch`, forward and backward,
 and what makes their columns; only the launch itself is replaced.
 """
@@ -243,10 +244,12 @@ def main() -> None:
     """Answer the requests on standard input; a kernel that does not compile is reported with its error."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("found: TRITON_INTERPRET=1; wanted: a process that compiles; remedy: unset it")
+    few = plan.FEW_SCORES
     for i, line in enumerate(sys.stdin):
         fields = json.loads(line)
-        arch, teams = fields.pop("arch"), fields.pop("teams", False)
+        arch, teams, many = fields.pop("arch"), fields.pop("teams", False), fields.pop("many", False)
         case = Case(**fields | {"dtype": getattr(torch, fields["dtype"]), "batch": tuple(fields.get("batch", (2,)))})
+        plan.FEW_SCORES = 0 if many else few
         try:
             reports = compile_case(arch, case, teams)
         except Exception as caught:

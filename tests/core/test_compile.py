@@ -30,15 +30,16 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 
 @dataclass(frozen=True)
 class Compilation(Case):
-    """A case, the architecture for which its kernels are compiled, and whether with teams of warps."""
+    """A case, and how its kernels are compiled: for an architecture, with teams of warps, as those of many scores."""
 
     arch: int = 90
     teams: bool = False
+    many: bool = False
     n_q: int = 64
     n_k: int = 64
 
     def __str__(self) -> str:
-        return f"sm_{self.arch}-{'teams-' if self.teams else ''}{super().__str__()}"
+        return f"sm_{self.arch}-{'teams-' if self.teams else ''}{'many-' if self.many else ''}{super().__str__()}"
 
     @property
     def spills_allowed(self) -> int:
@@ -124,7 +125,8 @@ def check(cases: list[Compilation]) -> None:
     assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
 
 
-PAIRS = pairwise(BIASES, ARCHITECTURES, HEAD_DIMS, MASKS, DTYPES, base=Compilation())
+MANY = [{"many": False}, {"many": True}]
+PAIRS = pairwise(BIASES, ARCHITECTURES, HEAD_DIMS, MASKS, DTYPES, MANY, base=Compilation())
 
 
 @pytest.mark.parametrize("part", range(6))

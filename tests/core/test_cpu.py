@@ -23,6 +23,7 @@ from flashbias import (
     biased_attention,
     cpu,
     cpu_parts,
+    plan,
 )
 from flashbias.masks import Allowed
 from flashbias.operands import Operands
@@ -78,10 +79,17 @@ def test_is_as_accurate_as_the_contract_says(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("case", CASES[::3], ids=ids(CASES[::3]))
+def test_is_as_accurate_among_many_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As calls of more scores than others here have are made."""
+    monkeypatch.setattr(plan, "FEW_SCORES", 0)
+    check(case)
+
+
 DRAWN = [drawn(seed, DTYPES, lengths=(1, 2, 17, 64, 127, 200)) for seed in range(100)]
 
 
-@pytest.mark.parametrize("case", DRAWN, ids=ids(DRAWN))
+@pytest.mark.parametrize("case", DRAWN, ids=[f"{case.seed}-{case}" for case in DRAWN])
 def test_is_as_accurate_in_anything(case: Case) -> None:
     check(case)
 

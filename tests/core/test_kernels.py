@@ -63,6 +63,13 @@ def test_accuracy_of_every_pair(case: Case, device: str) -> None:
     check(case, device)
 
 
+@pytest.mark.parametrize("case", SMALL[::2], ids=ids(SMALL[::2]))
+def test_accuracy_among_many_scores(case: Case, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """As calls of more scores than others here have are made."""
+    monkeypatch.setattr(plan, "FEW_SCORES", 0)
+    check(case, device)
+
+
 RANKS = pairwise(
     axis(bias=("factored", "factored_fp32")),
     axis(rank=(1, 2, 5, 8, 9, 16, 24, 48, 96, 100, 128)),
@@ -94,7 +101,7 @@ def test_accuracy_of_every_head_dim(case: Case, device: str) -> None:
 DRAWN = [drawn(seed, DTYPES, lengths=(1, 3, 15, 33)) for seed in range(12)]
 
 
-@pytest.mark.parametrize("case", DRAWN, ids=ids(DRAWN))
+@pytest.mark.parametrize("case", DRAWN, ids=[f"{case.seed}-{case}" for case in DRAWN])
 def test_accuracy_of_anything(case: Case, device: str) -> None:
     check(case, device)
 
@@ -170,6 +177,9 @@ ALL_CASES = [
 ]
 
 
+GAINING = [f"gradient of {name}" for name in ("query", "key", "q_factor", "k_factor", "values")]
+
+
 @pytest.mark.parametrize("case", ALL_CASES, ids=ids(ALL_CASES))
 def test_output_and_gradients_gain_by_scores_in_float64(
     case: Case, monkeypatch: pytest.MonkeyPatch, device: str
@@ -189,8 +199,10 @@ def test_output_and_gradients_gain_by_scores_in_float64(
         for name in truth.keys() - {"lse"}:  # whose error is that of its own rounding
             exactly, plainly = (float((some[name] - truth[name]).abs().max()) for some in made)
             ratios.setdefault(name, []).append(exactly / plainly)
-    assert len(ratios) > 4
-    assert all(statistics.median(found) < 0.95 for found in ratios.values()), ratios
+    medians = {name: statistics.median(found) for name, found in ratios.items()}
+    assert len(medians) > 4
+    assert max(medians.values()) < 1.05, medians  # products of probabilities and values are as they were
+    assert all(medians.get(name, 0.0) < 0.85 for name in GAINING), medians
 
 
 @pytest.mark.parametrize("case", SUM_CASES, ids=ids(SUM_CASES))

@@ -73,6 +73,24 @@ def test_every_attention_has_its_row_and_a_failure_says_why(tmp_path, monkeypatc
     assert {row["accurate"] for row in rows} == {"True"}
 
 
+def test_an_attention_that_fails_midway_leaves_the_others_a_whole_cache(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "DECODED", 2)
+    monkeypatch.setattr(models, "REPEATS", 1)
+    model, calls = models.make("tiny-bloom", None, "cpu"), []
+
+    def failing(*tensors, attend=torch.nn.functional.scaled_dot_product_attention, **options):
+        calls.append(tensors)
+        if len(calls) == 2:  # the second of two layers
+            raise RuntimeError("out of luck")
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", failing)
+    rows = models.decodings(model, 16, "cpu")
+    assert [bool(row["reason"]) for row in rows] == [False, True, False, False]
+    assert all(row["milliseconds"] > 0 for row in rows if not row["reason"])
+
+
 def test_model_that_cannot_be_made_or_checked_leaves_the_others_their_rows(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.setattr(models, "CHECKED", 40)

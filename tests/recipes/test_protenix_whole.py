@@ -160,6 +160,19 @@ def test_compare_reports_what_is_promised(tmp_path):
     assert done.exit_code == (0 if fp32 and bf16 else 1)
 
 
+def test_without_the_reference_nothing_is_promised(tmp_path, monkeypatch):
+    def failing(host, features, variant, *others, run=whole.run):
+        if variant == whole.Variant("torch", "fp32", tf32=False):
+            raise RuntimeError("out of memory")
+        return run(host, features, variant, *others)
+
+    monkeypatch.setattr(report, "run", failing)
+    request = report.Request(whole.Size(1, 2, 2), tokens=12, blocks=1, device="cpu", out=tmp_path)
+    rows, kept = report.compare(request)
+    assert [row["status"] for row in rows] == ["failed", "ok", "ok", "ok", "ok"]
+    assert set(kept.values()) == {None}
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "holds"),
     [

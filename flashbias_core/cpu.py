@@ -16,7 +16,7 @@ from .cpu_parts import as_matrices, parts
 from .operands import TOTALS, Operands
 from .output import new_output
 
-COPIED = 4  # times as long as to compute a score takes to copy an entry that no more than one score reads
+COPIED = 4  # scores that cost as much as an entry of keys or values, which float64 has copied
 
 
 def again(known: object, tensors: object, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,8 @@ def backward(
 
 def _dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
     """That in which a call is computed: float64 for few scores in fp32, and few keys and values, which it copies."""
-    few = plan.is_few(query.shape[:-1].numel() * key.shape[-2]) and plan.is_few(COPIED * (key.numel() + value.numel()))
+    scores, copied = query.shape[:-1].numel() * key.shape[-2], key.numel() + value.numel()
+    few = plan.is_few(max(scores, COPIED * copied))
     return torch.float64 if few and query.dtype == torch.float32 else torch.float32
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Request
+from .report import Request, prepare
 from .whole import Size, Variant, absent, run
 
 # Of kernels on a GPU, of operators on a CPU: the first whose pattern is in a name.
@@ -37,18 +37,11 @@ def profile(request: Request, stages: Sequence[str], kernels: Sequence[str], pat
 
     A whole run is timed, then another one is profiled: a profiler slows the host down, not the kernels.
     """
-    from rich.console import Console
+    from flashbias.recipes.machine import conditions, write_rows
 
-    from flashbias.recipes.machine import choose_device, conditions, write_rows
-
-    from . import features, host
     from .figures import draw_profile
 
-    device = choose_device(request.device)
-    target = features.load(request.features, request.tokens)
-    console = Console(stderr=True)
-    with console.status("building the model"):
-        built = host.build(device, request.checkpoint, request.blocks)
+    device, console, target, built = prepare(request)
     common = {"tokens": len(target["token_index"]), **vars(request.size), "blocks": request.blocks or "all"}
     rows: list[dict[str, Any]] = []
     request.out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .host import Host
 from .whole import NO_BIAS, OURS, Outcome, Size, Variant, absent, differences, run
 
 SECONDS = ("trunk", "diffusion", "step", "confidence", "total")
@@ -101,19 +102,27 @@ def other_chunk(tokens: int) -> int:
     return max(1, (chunk_size(tokens) or tokens) // 2)
 
 
-def measure(request: Request, variants: Mapping[str, Variant], reference: str, path: Path) -> list[dict[str, Any]]:
-    """Rows for the variants, the reference first; one that fails says why, and the others go on."""
+def prepare(request: Request) -> tuple[str, Any, dict[str, Any], Host]:
+    """The device, a console on stderr for progress, the features, and the model."""
     from rich.console import Console
 
-    from flashbias.recipes.machine import choose_device, write_rows
+    from flashbias.recipes.machine import choose_device
 
     from . import features, host
 
-    device = choose_device(request.device)
+    device, console = choose_device(request.device), Console(stderr=True)
     target = features.load(request.features, request.tokens)
-    console = Console(stderr=True)
     with console.status("building the model"):
-        built = host.build(device, request.checkpoint, request.blocks)
+        return device, console, target, host.build(device, request.checkpoint, request.blocks)
+
+
+def measure(request: Request, variants: Mapping[str, Variant], reference: str, path: Path) -> list[dict[str, Any]]:
+    """Rows for the variants, the reference first; one that fails says why, and the others go on."""
+    from flashbias.recipes.machine import write_rows
+
+    from . import host
+
+    device, console, target, built = prepare(request)
     common = {
         "tokens": len(target["token_index"]),
         "atoms": len(target["atom_to_token_idx"]),

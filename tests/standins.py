@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import c_char
+from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
 from triton.compiler import CompiledKernel
 
 
@@ -23,3 +27,11 @@ class StandIn(CompiledKernel):
     def run(self) -> Callable[..., Any]:
         # Between the grid and the kernel's arguments: a stream, the two above, and three of hooks.
         return lambda *given: self[given[:3]](*given[9:])
+
+
+def tensor_at(given: Tensor | int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel is given: a tensor, or the address of a contiguous one on the CPU."""
+    if isinstance(given, Tensor):
+        return given
+    memory = (c_char * (prod(shape) * dtype.itemsize)).from_address(given)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

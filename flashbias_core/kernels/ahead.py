@@ -79,7 +79,7 @@ def compile_missing() -> None:
     (make, after, start), recorder.making = recorder.making, None  # once for each pass
     assert recorder.inputs[0] is not None
     device = recorder.inputs[0].device
-    made = (result for _, _, result in recorder.done[start:] if result is not None)
+    made = (step.result for step in recorder.done[start:] if step.result is not None)
     number = workers(device)
     if number == 1:
         return

@@ -62,7 +62,7 @@ def launch(
         else:  # the interpreter compiles nothing
             values = [(arguments | fixed).get(name) for name in kernel.arg_names]
             run = partial(_interpret, kernel[grid], kernel.arg_names)
-    replay.note(run, values)
+    replay.note(run, values, takes_addresses=isinstance(compiled, CompiledKernel))
 
 
 def launcher(compiled: CompiledKernel, programs: tuple[int, int, int]) -> Callable[..., Any]:

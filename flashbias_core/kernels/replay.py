@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .geometry import geometry
-from .passes import Making, Pass, Recorder
+from .passes import Done, Making, Pass, Recorder
 
 PASSES = 2048  # at most, each of a few kilobytes
 HERE = nullcontext()
@@ -151,11 +151,11 @@ def reduced(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return function(*arguments) if noting is None else noting.do(function, arguments, is_read=False)
 
 
-def note(run: Callable[..., Any], arguments: list[Any]) -> None:
-    """Note a launch, `run(*arguments)`, of the pass that is being made, if one is."""
+def note(run: Callable[..., Any], arguments: list[Any], *, takes_addresses: bool) -> None:
+    """Note a launch, `run(*arguments)`, of the pass that is being made, if one is; with addresses next time or not."""
     noting = recorder()
     if noting is not None:
-        noting.done.append((run, arguments, None))
+        noting.done.append(Done(run, arguments, takes_addresses=takes_addresses))
 
 
 def contiguous(tensor: Tensor) -> Tensor:

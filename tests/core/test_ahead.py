@@ -14,7 +14,7 @@ import torch
 import triton
 from calls import CALLS, tensors
 from cases import Case, build
-from standins import StandIn
+from standins import StandIn, tensor_at
 from torch import Tensor
 
 from flashbias import ALiBi, biased_attention, reference
@@ -22,13 +22,13 @@ from flashbias.kernels import ahead, call, columns, compiled, known, replay
 
 
 class Compiled(StandIn):
-    """Of a kernel that adds to what it writes twice what it reads."""
+    """Of a kernel that adds to three numbers that it writes twice those that it reads."""
 
-    def __getitem__(self, grid: Any) -> Callable[[Tensor, Tensor], None]:
+    def __getitem__(self, grid: Any) -> Callable[[Tensor | int, Tensor | int], None]:
         return self._add
 
-    def _add(self, read: Tensor, write: Tensor) -> None:
-        write += 2 * read
+    def _add(self, read: Tensor | int, write: Tensor | int) -> None:
+        tensor_at(write, (3,)).add_(2 * tensor_at(read, (3,)))
 
 
 class Kernel:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from calls import CALLS, HEADS, N, run, tensors
 from cases import Case, build
+from standins import tensor_at
 from torch import Tensor
 
 from flashbias import ALiBi, DenseBias, KeyPadding, SpatialDistance, biased_attention, reference
@@ -226,36 +227,49 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch, device: str) -
         assert len(passes()) <= 3
 
 
-def doubled(x: Tensor, read: Callable[[Tensor], Tensor], seen: list[Any]) -> list[Tensor]:
-    """A pass whose kernel adds twice what it reads, which is made of the input, to what it writes."""
+@pytest.fixture(params=[False, True], ids=["tensors", "addresses"])
+def by_address(request: pytest.FixtureRequest) -> bool:
+    """Whether kernels of passes that are made again take addresses, as compiled ones do."""
+    return bool(request.param)
 
-    def kernel(block: Block, write: Tensor) -> None:
-        seen.append(block)
-        write += 2 * block.ptr
 
+def doubled(x: Tensor, read: Callable[[Tensor], Tensor], seen: list[Any], by_address: bool) -> list[Tensor]:
+    """A pass of two kernels: twice what they read, which is made of the input, is added to what they write."""
     made = read(x)
-    out = replay.room(x, made.shape, zeros=True)
-    arguments = [Block(made, 1, 2, 3, 4), out]
-    kernel(*arguments)
-    replay.note(kernel, arguments)
+
+    def store(block: Block, write: Tensor | int) -> None:
+        seen.append(block)
+        tensor_at(write, made.shape, torch.float64).copy_(tensor_at(block.ptr, made.shape, made.dtype))
+
+    def add(read: Tensor | int, write: Tensor | int) -> None:
+        tensor_at(write, made.shape, made.dtype).add_(2 * tensor_at(read, made.shape, torch.float64))
+
+    between = replay.room(x, made.shape, torch.float64)
+    out = replay.room(x, made.shape, made.dtype, zeros=True)
+    for kernel, arguments in ((store, [Block(made, 1, 2, 3, 4), between]), (add, [between, out])):
+        kernel(*arguments)
+        replay.note(kernel, arguments, takes_addresses=by_address)
     return [out]
 
 
-def again(read: Callable[[Tensor], Tensor], seen: list[Any]) -> list[Tensor]:
+def again(read: Callable[[Tensor], Tensor], seen: list[Any], by_address: bool) -> list[Tensor]:
     """What the pass gives, which is right, for one input and then for another."""
     results = []
     for x in torch.arange(6.0).view(2, 3).unbind():
         x = x.clone()
-        (result,) = replay.repeated("pass", [x, None], lambda x=x: doubled(x, read, seen))
+        (result,) = replay.repeated("pass", [x, None], lambda x=x: doubled(x, read, seen, by_address))
         assert torch.equal(result, 2 * read(x))
         results.append(result)
     return results
 
 
-def test_inputs_rooms_and_blocks_are_exchanged() -> None:
+def test_inputs_rooms_and_blocks_are_exchanged(by_address: bool) -> None:
     seen: list[Any] = []
-    first, _ = again(lambda x: x, seen)
+    first, _ = again(lambda x: x, seen, by_address)
     assert passes() == [True]
+    (made,) = replay._passes.values()
+    assert (len(made.rooms), len(made.shares)) == ((1, 2) if by_address else (2, 1))
+    assert [isinstance(block.ptr, Tensor) for block in seen] == [True, not by_address]
     assert isinstance(seen[1], Block)
     assert seen[1].stride == seen[0].stride
     assert torch.equal(first, 2 * torch.arange(3.0))
@@ -273,42 +287,44 @@ def test_inputs_rooms_and_blocks_are_exchanged() -> None:
     ],
     ids=["copy", "copy that is done", "of a part", "of a copy", "of another part", "nothing"],
 )
-def test_what_torch_makes_is_known_where_it_is_done(read: Callable[[Tensor], Tensor], known: bool) -> None:
-    again(read, [])
+def test_what_torch_makes_is_known_where_it_is_done(
+    read: Callable[[Tensor], Tensor], known: bool, by_address: bool
+) -> None:
+    again(read, [], by_address)
     assert passes() == [known]
 
 
 def test_a_list_of_tensors_is_refused() -> None:
     with pytest.raises(TypeError):
-        again(lambda x: replay.done(torch.stack, [x, x]), [])
+        again(lambda x: replay.done(torch.stack, [x, x]), [], by_address=False)
 
 
-def test_inputs_that_are_one_tensor_now_may_be_two_later() -> None:
+def test_inputs_that_are_one_tensor_now_may_be_two_later(by_address: bool) -> None:
     x, y = torch.arange(3.0), torch.ones(3)
     for first, second in ((x, x), (x, y), (y, y), (y, x)):
-        read = lambda _, second=second: second  # noqa: E731
-        (result,) = replay.repeated("pass", [first, second], lambda x=first, read=read: doubled(x, read, []))
+        make = lambda x=first, y=second: doubled(x, lambda _: y, [], by_address)  # noqa: E731
+        (result,) = replay.repeated("pass", [first, second], make)
         assert torch.equal(result, 2 * second)
     assert passes() == [True, True]
 
 
-def test_inputs_of_two_dtypes_in_one_place() -> None:
+def test_inputs_of_two_dtypes_in_one_place(by_address: bool) -> None:
     for x in torch.arange(8.0).view(2, 4).unbind():
         x = x.clone()
         halves = x.view(torch.float16)
         read = lambda _, halves=halves: halves  # noqa: E731
-        (result,) = replay.repeated("pass", [x, halves], lambda x=x, read=read: doubled(x, read, []))
+        (result,) = replay.repeated("pass", [x, halves], lambda x=x, read=read: doubled(x, read, [], by_address))
         assert torch.equal(result, 2 * halves.float())
     assert passes() == [True]
 
 
-def test_a_pass_inside_of_another_is_a_part_of_it() -> None:
+def test_a_pass_inside_of_another_is_a_part_of_it(by_address: bool) -> None:
     for x in torch.arange(6.0).view(2, 3).unbind():
         x = x.clone()
 
         def make(x: Tensor = x) -> list[Tensor]:
-            (inner,) = replay.repeated("inner", [x], lambda: doubled(x, lambda x: x, []))
-            return doubled(inner, lambda x: x, [])
+            (inner,) = replay.repeated("inner", [x], lambda: doubled(x, lambda x: x, [], by_address))
+            return doubled(inner, lambda x: x, [], by_address)
 
         (result,) = replay.repeated("outer", [x], make)
         assert torch.equal(result, 4 * x)

@@ -89,6 +89,10 @@ class Done(NamedTuple):
     result: Tensor | None = None
     takes_addresses: bool = False
 
+    def others(self) -> list[tuple[int, Any]]:
+        """The arguments that are not `PLAIN`, and their places."""
+        return [(place, value) for place, value in enumerate(self.arguments) if type(value) not in PLAIN]
+
 
 class Making(NamedTuple):
     """What `repeated` was given, and how much was done before by the pass of which this is a part."""
@@ -143,11 +147,13 @@ class Recorder:
         """The rooms that are nothing but addresses in kernels' arguments."""
         asked = [*results]
         for done in self.done:
-            if done.result is not None:
-                asked += [value for value in done.arguments if isinstance(value, Tensor)]
-            elif not done.takes_addresses:
+            if done.result is None and not done.takes_addresses:
                 return []
-            asked += [value.base for value in done.arguments if hasattr(value, "base")]
+            for _, value in done.others():
+                if isinstance(value, Tensor) and done.result is not None:
+                    asked.append(value)
+                elif hasattr(value, "base"):  # a tensor descriptor
+                    asked.append(value.base)
         places = set(map(_start, asked))
         return [room for room, zeros in self.rooms if not zeros and room.numel() > 0 and _start(room) not in places]
 
@@ -184,14 +190,12 @@ class _Writer:
     def add(self, done: Done) -> None:
         """Write the step that does this."""
         run, arguments, result, takes_addresses = done
-        if result is not None:
-            numbers = [self._exactly(value) for value in arguments]
-        else:
-            numbers = [self._argument(value, takes_addresses) for value in arguments]
-        places = [(place, number) for place, number in enumerate(numbers) if number is not None]
-        constants = arguments.copy()
-        for place, _ in places:
-            constants[place] = None
+        constants, places = arguments.copy(), []
+        for place, value in done.others():
+            number = self._argument(value, takes_addresses) if result is None else self._exactly(value)
+            if number is not None:
+                constants[place] = None
+                places.append((place, number))
 
         def step(objects: list[Any]) -> Any:
             values = constants.copy()
@@ -224,8 +228,6 @@ class _Writer:
 
     def _argument(self, value: Any, as_address: bool) -> int | None:
         """The number of the object that an argument is; None for a constant."""
-        if type(value) in PLAIN:
-            return None
         if isinstance(value, Tensor):
             if as_address:
                 return self._address(value)

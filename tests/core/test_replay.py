@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from calls import CALLS, HEADS, N, run, tensors
 from cases import Case, build
-from standins import tensor_at
+from standins import tensor_at, with_tensors
 from torch import Tensor
 
 from flashbias import ALiBi, DenseBias, KeyPadding, SpatialDistance, biased_attention, reference
@@ -27,6 +27,31 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
 
 
+@pytest.fixture(params=["tensors", "addresses"])
+def _arguments(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What kernels of passes that are made again are given: the interpreter's take addresses too, as compiled ones."""
+    if request.param == "tensors":
+        yield
+        return
+    if device != "cpu":
+        pytest.skip("compiled kernels are given addresses always")
+    note = replay.note
+
+    def note_addresses(run: Callable[..., Any], arguments: list[Any], *, takes_addresses: bool) -> None:
+        def find_and_run(*given: Any) -> None:
+            pairs = zip(given, arguments, strict=True)
+            seen.append(any(isinstance(like, Tensor) and isinstance(value, int) for value, like in pairs))
+            run(*map(with_tensors, given, arguments))
+
+        note(find_and_run, arguments, takes_addresses=True)
+
+    seen: list[bool] = []
+    monkeypatch.setattr(replay, "note", note_addresses)
+    yield
+    assert all(seen)
+    assert seen
+
+
 def passes() -> list[bool]:
     """Of the passes that were made, whether they can be made again."""
     return [made is not None for made in replay._passes.values()]
@@ -35,6 +60,7 @@ def passes() -> list[bool]:
 AGAIN = ("plain", "dtype", "lengths", "dense", "heads swapped")
 
 
+@pytest.mark.usefixtures("_arguments")
 @pytest.mark.parametrize("name", AGAIN)
 def test_a_pass_that_is_made_again_gives_the_same_bits(name: str, device: str) -> None:
     first, second = tensors(device), tensors(device)
@@ -48,6 +74,7 @@ def test_a_pass_that_is_made_again_gives_the_same_bits(name: str, device: str) -
         assert torch.equal(result, truth)
 
 
+@pytest.mark.usefixtures("_arguments")
 @pytest.mark.parametrize("name", ["factors", "narrow factors"])
 def test_factors_that_are_inputs_now_may_be_others_later(name: str, device: str) -> None:
     t, others = tensors(device), tensors(device)
@@ -69,6 +96,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("_arguments")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_torch_does_in_a_pass_is_done_again(case: Case, device: str) -> None:
     """All gradients: sums of rows and of what was broadcast, columns joined, copies."""
@@ -125,6 +153,7 @@ def test_calls_without_gradients_are_passes_as_a_whole(device: str) -> None:
         assert torch.equal(out, outputs(second, name)), name
 
 
+@pytest.mark.usefixtures("_arguments")
 @torch.no_grad()
 def test_points_and_weights_are_those_of_each_call(device: str) -> None:
     """One tensor on both sides or two, at one place in memory or at two, and what they hold may change."""

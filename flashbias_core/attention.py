@@ -95,7 +95,7 @@ def _attend(
     if is_causal:
         # Not with `&`, which the compiler of torch 2.7 cannot trace.
         masks = Causal() if masks is None else Both(masks, Causal())
-    operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key)
+    operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key, scale)
     inputs = (query, key, value, *operands.in_order())
     _refuse_tangents(inputs)
     return ops.attend(*inputs, float(scale))

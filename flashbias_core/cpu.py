@@ -118,7 +118,7 @@ def _gradients(
             if names & {"query", "q_factor"}:
                 d_query = multiply(d_scores, part.key[..., :n, :])
                 part.add("query", d_query[..., :c].mul_(scale), rows)
-                part.add("q_factor", d_query[..., c:], rows)
+                part.add("q_factor", d_query[..., c:].mul_(operands.factor_unit), rows)
             if names & {"key", "k_factor"}:
                 accumulate(d_key[..., :n, :], d_scores, part.query[..., rows, :])
             part.add("values", d_scores, rows, slice(n))

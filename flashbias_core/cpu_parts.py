@@ -59,7 +59,7 @@ class Part:
         self.query = tensors["query"].to(dtype) * scale
         self.key, self.value = tensors["key"].to(dtype).contiguous(), tensors["value"].to(dtype).contiguous()
         if "q_factor" in tensors:
-            self.query = _beside(self.query, tensors["q_factor"].to(dtype))
+            self.query = _beside(self.query, tensors["q_factor"].to(dtype) * operands.factor_unit)
             self.key = _beside(self.key, tensors["k_factor"].to(dtype))
 
     def __getitem__(self, name: str) -> Tensor:

@@ -22,7 +22,7 @@ TOTALS = {"slopes", "table"}  # of whose gradients each number is a sum over all
 class Operands:
     """The terms and masks of a call, in the order in which `ops.py` takes them. Batch and head dimensions broadcast.
 
-    q_factor, k_factor: `(*batch, H, N, R)`, fp16, bf16 or fp32.
+    q_factor, k_factor: `(*batch, H, N, R)`, fp16, bf16 or fp32; their product counts `factor_unit` times.
     slopes: `(*batch, H)` fp32; positions `(*batch, N)`, or None for `p_j = j`, `p_i = i + offset`.
     values: `(*batch, H, Nq or 1, Nk)`. table: `(*batch, H, 2 D - 1)` fp32.
     offsets: `(*batch,)` integers in place of `offset`.
@@ -44,6 +44,7 @@ class Operands:
     symmetric: bool = False
     causal: bool = False
     offset: int = 0
+    factor_unit: float = 1.0
 
     def in_order(self) -> list[Any]:
         """Values in the order of the operator's schema."""
@@ -64,9 +65,10 @@ _TENSORS: dict[type, tuple[str, ...]] = {
 
 
 def gather(
-    bias: Bias | None, mask: Mask | None, batch: Sequence[int], heads: int, query: Tensor, key: Tensor
-) -> Operands:
-    """The operands of a call: sums merged, shapes checked.
+    bias: Bias | None, mask: Mask | None, batch: Sequence[int], heads: int, query: Tensor, key: Tensor,
+    scale: float | None = None,
+) -> Operands:  # fmt: skip
+    """The operands of a call: sums merged, shapes checked. With `scale` factors may come over it.
 
     Raises:
         ShapeError, DeviceError, UnsupportedError: for a bias or a mask that does not fit.
@@ -86,6 +88,8 @@ def gather(
                 "a flashbias.Bias, or a sum of them",
                 "pass a tensor of bias values as bias=DenseBias(values)",
             )
+        if len(tuple(bias.parts())) == 1 and query.dtype.itemsize == 2:
+            problem.unit = scale
         for term in bias.terms(problem):
             _check_devices(term, problem)
             _add_term(operands, term)
@@ -161,8 +165,12 @@ def _add_term(operands: Operands, term: Term) -> None:
         if factors[0].dtype != factors[1].dtype:
             dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
             factors = factors[0].to(dtype), factors[1].to(dtype)
-        operands.q_factor = _columns(operands.q_factor, factors[0])
-        operands.k_factor = _columns(operands.k_factor, factors[1])
+        if operands.q_factor is None or operands.k_factor is None:
+            operands.q_factor, operands.k_factor, operands.factor_unit = *factors, term.unit
+        else:
+            others = _times(operands.q_factor, operands.factor_unit), operands.k_factor
+            operands.q_factor = _columns(others[0], _times(factors[0], term.unit))
+            operands.k_factor, operands.factor_unit = _columns(others[1], factors[1]), 1.0
     elif isinstance(term, Linear):
         if operands.slopes is None:
             operands.slopes, operands.symmetric = term.slopes, term.symmetric
@@ -203,10 +211,12 @@ def _storage(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) else tensor.float()
 
 
-def _columns(first: Tensor | None, second: Tensor) -> Tensor:
+def _times(factor: Tensor, unit: float) -> Tensor:
+    return factor if unit == 1.0 else factor.float() * unit
+
+
+def _columns(first: Tensor, second: Tensor) -> Tensor:
     """Two factors side by side."""
-    if first is None:
-        return second
     dtype = torch.promote_types(first.dtype, second.dtype)
     shape = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
     return torch.cat([factor.to(dtype).expand(*shape, factor.shape[-1]) for factor in (first, second)], -1)

@@ -30,7 +30,7 @@ DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4
 _OPERANDS = (
     "Tensor? q_factor, Tensor? k_factor, Tensor? slopes, Tensor? q_positions, Tensor? k_positions, Tensor? values, "
     "Tensor? table, Tensor? offsets, Tensor? lengths, Tensor? q_ids, Tensor? k_ids, Tensor? allowed, "
-    "bool symmetric, bool causal, SymInt offset, float scale"
+    "bool symmetric, bool causal, SymInt offset, float factor_unit, float scale"
 )
 _TENSORS = 3 + _OPERANDS.count("Tensor")  # as many inputs of `attention`, the first ones, are tensors or None
 

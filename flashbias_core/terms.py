@@ -16,6 +16,8 @@ class Problem:
     `offset`: of the causal diagonal, an integer or a tensor `(*batch,)`; `n_k - n_q` without a causal mask.
     `q_counts`, `k_counts`: booleans `(*batch, n_q)`, `(*batch, n_k)`, False where a mask leaves the position out
     of every row or column, so that what stands there means nothing; None where all positions count.
+    `unit`: over which factors in half precision may come, with columns as the kernels take them (`kernels/columns.py`);
+    None where they may not.
     """
 
     batch: tuple[int, ...]
@@ -27,6 +29,7 @@ class Problem:
     q_ids: Tensor | None = None
     k_ids: Tensor | None = None
     lengths: Tensor | None = None
+    unit: float | None = None
     made: dict[str, Tensor] = field(default_factory=dict)
 
     # Found where a bias asks for them: most do not, and each would be launches in every call.
@@ -49,10 +52,11 @@ class Problem:
 
 @dataclass
 class Rank:
-    """`B_ij = q_factor[i] . k_factor[j]`, factors `(*batch, H, N, R)`, batch and head dimensions broadcast."""
+    """`B_ij = unit * q_factor[i] . k_factor[j]`, factors `(*batch, H, N, R)`, batch and head dimensions broadcast."""
 
     q_factor: Tensor
     k_factor: Tensor
+    unit: float = 1.0
 
 
 @dataclass

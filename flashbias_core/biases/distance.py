@@ -74,7 +74,8 @@ class SpatialDistance(Bias):
         if self._is_for_kernels(problem):
             from flashbias.kernels.points import distance_factors  # not everywhere is there a triton
 
-            return [Rank(*distance_factors(self.x_q, self.x_k, self.weight))]
+            factors = distance_factors(self.x_q, self.x_k, self.weight, problem.unit)
+            return [Rank(*factors, unit=1.0 if problem.unit is None else problem.unit)]
         centre = _centre(self.x_q, self.x_k, problem)
         queries = keys = _relative(self.x_q, centre, problem.q_counts)
         if self.x_k is not self.x_q or problem.k_counts is not problem.q_counts:

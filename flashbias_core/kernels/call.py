@@ -222,7 +222,7 @@ def prepare(
     o = operands
     columns = None
     if o.q_factor is not None and o.k_factor is not None:
-        columns = score_columns(o.q_factor, o.k_factor, query.dtype, scale)
+        columns = score_columns(o.q_factor, o.k_factor, query.dtype, scale / o.factor_unit)
     values = None if o.values is None else _aligned(o.values)
     allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
     if allowed is not None and allowed.stride(-1) != 1:

@@ -25,6 +25,8 @@ from .replay import contiguous, reduced, room
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
 NONE = -1
+# An fp32 factor in halves: so many times its columns, which have low halves in these parts of queries' and keys'.
+PARTS, Q_LOW, K_LOW = 3, 2, 1
 SHARES = 32  # of the rows, among programs that look for the largest
 _COMPILED: dict[Hashable, Known] = {}  # does not grow with the number of lengths
 
@@ -44,10 +46,10 @@ def score_columns(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype, unit: 
     if dtype == torch.float32:
         return _score_columns(q_factor, k_factor, dtype, unit)
     if own == torch.float32:
-        return _score_columns(q_factor, k_factor, torch.float16, unit, 3, 2, 1, balanced=True)
+        return _score_columns(q_factor, k_factor, torch.float16, unit, PARTS, Q_LOW, K_LOW, balanced=True)
     if own == torch.bfloat16 and math.frexp(unit)[0] == 0.5:  # a power of two; fp16 might overflow
         return _score_columns(q_factor, k_factor, own, unit)
-    if own == torch.bfloat16 and _rounded(2 * rank) == _rounded(rank):
+    if own == torch.bfloat16 and rounded(2 * rank) == rounded(rank):
         return _score_columns(q_factor, k_factor, own, unit, 2, 1)
     columns = _score_columns(q_factor, k_factor, own, 1.0)
     columns.folded = unit == 1.0
@@ -61,7 +63,7 @@ def _score_columns(
     """Columns over `unit`: high halves of the factor in each of the parts, but low halves in those numbered `low`."""
     rank = q_factor.shape[-1]
     number = parts * rank
-    columns = _rounded(number, MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)
+    columns = padded(number)
     if rank == 0 or (columns == rank and q_factor.dtype == k_factor.dtype == dtype and unit == 1.0):
         return Columns(q_factor, k_factor)
     q_factor, k_factor = contiguous(q_factor), contiguous(k_factor)
@@ -100,9 +102,14 @@ def _added(product: Tensor, rank: int, size: Tensor | None) -> Tensor:
     return total if size is None else total * size
 
 
+def padded(number: int) -> int:
+    """How many columns the kernels take for so many."""
+    return rounded(number, MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)
+
+
 def gradient_width(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> int:
     """How many columns `gradient_columns` makes: of an fp32 factor beside 16 bits two parts."""
-    return _rounded(_gradient_parts(factor, dtype) * factor.shape[-1], step)
+    return rounded(_gradient_parts(factor, dtype) * factor.shape[-1], step)
 
 
 def _gradient_parts(factor: Tensor, dtype: torch.dtype) -> int:
@@ -154,7 +161,8 @@ def _launch(
     launch(kernel, grid, tensors | numbers, lambda: constants, _COMPILED, key)
 
 
-def _rounded(columns: int, step: int = MIN_WIDTH) -> int:
+def rounded(columns: int, step: int = MIN_WIDTH) -> int:
+    """How many columns there are, padded."""
     return -(-columns // step) * step
 
 
@@ -163,6 +171,25 @@ def power_of_two(b_x):
     """The power of two next to positive numbers."""
     bits = b_x.to(tl.int32, bitcast=True) + 0x400000
     return (bits & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def invertible(b_largest):
+    """Magnitudes in a range that can be inverted."""
+    return tl.minimum(tl.maximum(b_largest, 1e-30), 1e30)
+
+
+@triton.jit
+def balance(b_q, b_k):
+    """By which columns are multiplied and divided, so that the largest of both sides are alike."""
+    return power_of_two(tl.sqrt(b_k) / tl.sqrt(b_q))
+
+
+@triton.jit
+def half(b_x, o_c, dtype: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr):
+    """High halves, but in the part numbered LOW of the columns low ones."""
+    b_high = b_x.to(dtype)
+    return tl.where(o_c // RANK == LOW, (b_x - b_high.to(tl.float32)).to(dtype), b_high)
 
 
 @triton.jit
@@ -193,9 +220,9 @@ def largest_kernel(
 
 @triton.jit
 def load_largest(largest, o_r, RANK: tl.constexpr, SHARES: tl.constexpr):
-    """The largest magnitudes in the columns `o_r` over all shares, in a range that can be inverted."""
+    """The largest magnitudes in the columns `o_r` over all shares."""
     b_shares = tl.load(largest + tl.arange(0, SHARES)[:, None] * RANK + o_r[None, :])
-    return tl.minimum(tl.maximum(tl.max(b_shares, 0), 1e-30), 1e30)
+    return invertible(tl.max(b_shares, 0))
 
 
 @triton.jit
@@ -210,9 +237,7 @@ def store_columns(
     p_x = x + o_row.to(tl.int64) * RANK + o_c % RANK
     b_x = tl.load(p_x, mask=inside & (o_c < PARTS * RANK), other=0.0).to(tl.float32)
     b_x = tl.div_rn(b_x, tl.zeros_like(b_x) + b_unit)
-    b_high = b_x.to(out.dtype.element_ty)
-    b_low = (b_x - b_high.to(tl.float32)).to(out.dtype.element_ty)
-    b_half = tl.where(o_c // RANK == LOW, b_low, b_high)
+    b_half = half(b_x, o_c, out.dtype.element_ty, RANK, LOW)
     tl.store(out + o_row.to(tl.int64) * COLUMNS + o_c, b_half, mask=inside)
 
 
@@ -228,7 +253,7 @@ def score_columns_kernel(
         o_r = tl.arange(0, WIDTH) % RANK
         b_q = load_largest(largest, o_r, RANK, SHARES) / unit
         b_k = load_largest(largest + SHARES * RANK, o_r, RANK, SHARES)
-        b_balance = power_of_two(tl.sqrt(b_k) / tl.sqrt(b_q))[None, :]
+        b_balance = balance(b_q, b_k)[None, :]
     b_unit = tl.div_rn(tl.zeros_like(b_balance) + unit, b_balance)
     if tl.program_id(1) == 0:
         store_columns(q_factor, q, n_q, b_unit, RANK, COLUMNS, WIDTH, PARTS, Q_LOW, ROWS)

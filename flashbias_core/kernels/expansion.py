@@ -20,7 +20,7 @@ def expanded(query: Tensor, n_k: int, operands: Operands) -> Operands | None:
     Values have the dtype of the factors, as in an eager computation, and rows as kernels read them: no copy is needed.
     """
     q_factor, k_factor = operands.q_factor, operands.k_factor
-    if q_factor is None or k_factor is None or operands.causal:
+    if q_factor is None or k_factor is None or operands.causal or operands.factor_unit != 1.0:
         return None
     others = (value for name, value in operands.items() if name not in FACTORS and isinstance(value, Tensor))
     if any(True for _ in others) or not plan.expands(query, n_k, q_factor, k_factor):

@@ -28,7 +28,7 @@ from .terms import Block
 
 DELTA_ROWS = 32
 WIDE = 128  # features
-NUMBERS = ("symmetric", "causal", "offset")  # of the operands, the last ones
+NUMBERS = ("symmetric", "causal", "offset", "factor_unit")  # of the operands, the last ones
 FEW_COLUMNS = 4
 QUERY_SIDE = {"query", "q_factor", *TOTALS}  # whose gradients the queries' kernel makes
 
@@ -191,6 +191,8 @@ def _gradients(
         if some:
             gradients |= _pass(given, query, key, value, operands, some, values_dtype, call, statistics, rest)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
+    if operands.factor_unit != 1.0:
+        gradients |= {name: reduced(torch.mul, gradients[name], operands.factor_unit) for name in names & set(FACTORS)}
     return {name: reduce_to(gradients[name], inputs[name].shape) for name in names}
 
 

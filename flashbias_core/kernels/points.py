@@ -1,6 +1,7 @@
 """The factors of squared distances (`biases/distance.py`) in two launches, for calls without gradients.
 
-The first finds the box around the points, in shares of them, the second takes both sides relative to its middle.
+The first finds the box around the points, in shares of them, the second takes both sides relative to its middle. The
+box and the largest weight also bound the factors, which can then be written as columns in half precision at once.
 """
 
 from __future__ import annotations
@@ -14,57 +15,67 @@ from torch import Tensor
 
 from flashbias import plan
 
+from .columns import K_LOW, PARTS, Q_LOW, balance, half, invertible, padded
 from .known import launch_known
 from .replay import done, repeated, room
 
-ENTRIES = 512  # of a tile
+ENTRIES = 512  # of a tile that is read
+WRITTEN = 4096  # of a tile that is written
 SHARES = 32  # of the points of a side, at most, among programs that look for the box
+BOX = tl.constexpr(3)  # rows of a box: the lowest coordinates, the highest, the largest finite magnitudes
 STRIDES = [
     "q_batch", "q_row", "q_column", "k_batch", "k_row", "k_column", "w_batch", "w_head", "w_row", "b_batch",
 ]  # fmt: skip
 
 
-def distance_factors(x_q: Tensor, x_k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def distance_factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None = None) -> tuple[Tensor, Tensor]:
     """Factors of `-w |x_q - x_k|^2` in fp32, `(*batch, H or 1, Nq, d + 2)` and `(*batch, 1, Nk, d + 2)`, contiguous.
+
+    With `unit` those of the bias over it, as columns that kernels take beside half precision (`columns.py`), in fp16.
 
     Points `(*batch, Nq or Nk, d)` and weights that broadcast to `(*batch, H, Nq)`, fp16 to fp64, not empty, of any
     strides. Points in fp64 are centred in fp64, others in fp32.
     """
-    q_factor, k_factor = repeated("distances", (x_q, x_k, weight), lambda: _factors(x_q, x_k, weight))
+    q_factor, k_factor = repeated(("distances", unit), (x_q, x_k, weight), lambda: _factors(x_q, x_k, weight, unit))
     return q_factor, k_factor
 
 
-def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tuple[Tensor, Tensor]:
     weight = weight[(None,) * max(0, 2 - weight.dim())]
     (n_q, d), n_k, heads = x_q.shape[-2:], x_k.shape[-2], weight.shape[-2]
     batch = torch.broadcast_shapes(x_q.shape[:-2], x_k.shape[:-2])
     q_batch = torch.broadcast_shapes(batch, weight.shape[:-2])
-    q_factor = room(x_q, (*q_batch, heads, n_q, d + 2), torch.float32)
-    k_factor = room(x_q, (*batch, 1, n_k, d + 2), torch.float32)
+    if unit is not None:
+        batch = q_batch  # columns of keys depend on the weights
+    exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.float32)
+    dtype, columns = (torch.float32, d + 2) if unit is None else (torch.float16, padded(PARTS * (d + 2)))
     width = triton.next_power_of_2(d + 2)
     rows = max(ENTRIES // width, 1)
     sides = 1 if x_k is x_q else 2
     shares = min(SHARES, rows)
     parts = sides * min(shares, plan.cdiv(max(n_q, n_k), rows))
-    exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.float32)
-    box = room(x_q, (*batch, 2, parts * d), exact)
+    box = room(x_q, (*batch, BOX.value, parts * d), exact)
+    heaviest = None if unit is None else room(x_q, (*batch, parts), torch.float32)
     q, k = _folded(x_q, batch), _folded(x_k, batch)
-    sizes = {"D": d, "WIDTH": width, "ROWS": rows}
+    w = _folded(weight.expand(*weight.shape[:-1], n_q), q_batch)
+    points = {"x_q": q, "x_k": k, "weight": w, "heaviest": heaviest, "n_q": n_q, "n_k": n_k, "n_heads": heads}
+    points |= _strides("q", q, "row", "column") | _strides("k", k, "row", "column") | _strides("w", w, "head", "row")
     launch_known(
-        box_kernel, (batch.numel(), parts), x_q.device,
-        {"x_q": q, "x_k": k, "box": box, "n_q": n_q, "n_k": n_k} | _strides("q", q) | _strides("k", k),
-        SIDES=sides, **sizes,
+        box_kernel, (batch.numel(), parts), x_q.device, points | {"box": box},
+        SIDES=sides, D=d, WIDTH=width, ROWS=rows, WEIGHTS=ENTRIES,
     )  # fmt: skip
-    q, w, q_box = (_folded(x, q_batch) for x in (x_q, weight.expand(*weight.shape[:-1], n_q), box))
-    w_batch, w_head, w_row = w.stride()
+    q_factor = room(x_q, (*q_batch, heads, n_q, columns), dtype)
+    k_factor = room(x_q, (*batch, 1, n_k, columns), dtype)
+    q, q_box = _folded(x_q, q_batch), _folded(box, q_batch)
+    width = triton.next_power_of_2(columns)
+    rows = max(WRITTEN // width, 1)
     q_programs = q_factor.shape[:-2].numel() * plan.cdiv(n_q, rows)
     launch_known(
         factors_kernel, (q_programs + batch.numel() * plan.cdiv(n_k, rows), 1), x_q.device,
-        {"x_q": q, "x_k": k, "weight": w, "q_box": q_box, "k_box": box, "q_factor": q_factor, "k_factor": k_factor,
-         "n_q": n_q, "n_k": n_k, "n_heads": heads, "n_parts": parts, "q_programs": q_programs,
-         "w_batch": w_batch, "w_head": w_head, "w_row": w_row, "b_batch": q_box.stride(0)}
-        | _strides("q", q) | _strides("k", k),
-        PARTS=sides * shares, **sizes,
+        points | _strides("q", q, "row", "column")
+        | {"x_q": q, "q_box": q_box, "k_box": box, "b_batch": q_box.stride(0), "q_factor": q_factor,
+           "k_factor": k_factor, "n_parts": parts, "q_programs": q_programs, "unit": 1.0 if unit is None else unit},
+        D=d, COLUMNS=columns, WIDTH=width, ROWS=rows, BOXES=sides * shares, HALVES=PARTS, Q_LOW=Q_LOW, K_LOW=K_LOW,
     )  # fmt: skip
     return q_factor, k_factor
 
@@ -79,95 +90,146 @@ def _folded(x: Tensor, batch: Sequence[int]) -> Tensor:
         return done(Tensor.reshape, x, shape)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_{along}": stride for along, stride in zip(("batch", "row", "column"), x.stride(), strict=True)}
+def _strides(name: str, x: Tensor, *others: str) -> dict[str, int]:
+    return {f"{name}_{along}": stride for along, stride in zip(("batch", *others), x.stride(), strict=True)}
 
 
 @triton.jit
-def load_points(x, row, column, o_n, n, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Coordinates of points, `[ROWS, WIDTH]`: behind the last point its own, behind its last coordinate zeros."""
-    o_d = tl.arange(0, WIDTH)[None, :]
+def load_points(x, row, column, o_n, n, o_d, D: tl.constexpr):
+    """Coordinates `o_d` of points: behind the last point its own, behind the last coordinate zeros."""
     p_x = x + tl.minimum(o_n, n - 1).to(tl.int64) * row + o_d.to(tl.int64) * column
     return tl.load(p_x, mask=o_d < D, other=0.0)
 
 
 @triton.jit
 def store_box(
-    x, row, column, n, i_share, n_shares, p_low, p_high, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    x, row, column, n, i_share, n_shares, p_box, n_parts, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """The lowest and the highest coordinates of a share of the points; what is not finite makes a box without end."""
-    b_low = tl.full([ROWS, WIDTH], float("inf"), p_low.dtype.element_ty)
+    """The box around a share of the points; what is not finite makes one without end."""
+    o_d = tl.arange(0, WIDTH)
+    b_low = tl.full([ROWS, WIDTH], float("inf"), p_box.dtype.element_ty)
     b_high = -b_low
+    b_most = tl.zeros([ROWS, WIDTH], p_box.dtype.element_ty)
     for first in range(i_share * ROWS, n, n_shares * ROWS):
-        b_x = load_points(x, row, column, first + tl.arange(0, ROWS)[:, None], n, D, WIDTH).to(b_low.dtype)
+        o_n = first + tl.arange(0, ROWS)[:, None]
+        b_x = load_points(x, row, column, o_n, n, o_d[None, :], D).to(b_low.dtype)
         b_low = tl.minimum(b_low, tl.where(b_x == b_x, b_x, -float("inf")))
         b_high = tl.maximum(b_high, tl.where(b_x == b_x, b_x, float("inf")))
-    o_d = tl.arange(0, WIDTH)
-    tl.store(p_low + o_d, tl.min(b_low, 0), mask=o_d < D)
-    tl.store(p_high + o_d, tl.max(b_high, 0), mask=o_d < D)
+        b_most = tl.maximum(b_most, tl.where(tl.abs(b_x) < float("inf"), tl.abs(b_x), 0.0))
+    tl.store(p_box + o_d, tl.min(b_low, 0), mask=o_d < D)
+    tl.store(p_box + n_parts * D + o_d, tl.max(b_high, 0), mask=o_d < D)
+    tl.store(p_box + 2 * n_parts * D + o_d, tl.max(b_most, 0), mask=o_d < D)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", *STRIDES[:6]])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_heads", *STRIDES[:-1]])
 def box_kernel(
-    x_q, x_k, box, n_q, n_k, q_batch, q_row, q_column, k_batch, k_row, k_column,
-    SIDES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    x_q, x_k, weight, heaviest, box, n_q, n_k, n_heads,
+    q_batch, q_row, q_column, k_batch, k_row, k_column, w_batch, w_head, w_row,
+    SIDES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Boxes around shares of the points of both sides, or of one, `(batch, 2, parts, d)`."""
+    """Boxes around shares of the points of both sides, or of one, `(batch, 3, parts, d)`.
+
+    And, where wanted, the largest finite magnitudes of shares of the weights, `(batch, parts)`.
+    """
     i_b, i_part, n_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     n_shares = n_parts // SIDES
-    p_low = box + (i_b * 2 * n_parts + i_part) * D
-    p_high = p_low + n_parts * D
+    p_box = box + (i_b * BOX * n_parts + i_part) * D
     if i_part < n_shares:
-        store_box(x_q + i_b * q_batch, q_row, q_column, n_q, i_part, n_shares, p_low, p_high, D, WIDTH, ROWS)
+        store_box(x_q + i_b * q_batch, q_row, q_column, n_q, i_part, n_shares, p_box, n_parts, D, WIDTH, ROWS)
     else:
         i_share = i_part - n_shares
-        store_box(x_k + i_b * k_batch, k_row, k_column, n_k, i_share, n_shares, p_low, p_high, D, WIDTH, ROWS)
+        store_box(x_k + i_b * k_batch, k_row, k_column, n_k, i_share, n_shares, p_box, n_parts, D, WIDTH, ROWS)
+    if heaviest is not None:
+        b_most = tl.zeros([WEIGHTS], tl.float32)
+        for first in range(i_part * WEIGHTS, n_heads * n_q, n_parts * WEIGHTS):
+            o_w = first + tl.arange(0, WEIGHTS)
+            p_w = weight + i_b * w_batch + (o_w // n_q).to(tl.int64) * w_head + (o_w % n_q).to(tl.int64) * w_row
+            b_w = tl.abs(tl.load(p_w, mask=o_w < n_heads * n_q, other=0.0).to(tl.float32))
+            b_most = tl.maximum(b_most, tl.where(b_w < float("inf"), b_w, 0.0))
+        tl.store(heaviest + i_b * n_parts + i_part, tl.max(b_most, 0))
 
 
 @triton.jit
-def load_relative(
-    x, row, column, o_n, n, box, n_parts, D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Coordinates relative to the middle of the box, or to 0 where it has none, and squared lengths, in fp32."""
-    o_d = tl.arange(0, WIDTH)[None, :]
-    p_low = box + tl.minimum(tl.arange(0, PARTS)[:, None], n_parts - 1) * D + o_d
-    b_low = tl.min(tl.load(p_low, mask=o_d < D, other=0.0), 0)[None, :]
-    b_high = tl.max(tl.load(p_low + n_parts * D, mask=o_d < D, other=0.0), 0)[None, :]
+def load_box(box, n_parts, o_d, D: tl.constexpr, BOXES: tl.constexpr):
+    """The middle of the box, or 0 where it has none, and how far from there points are; coordinates `o_d`."""
+    p_box = box + tl.minimum(tl.arange(0, BOXES)[:, None], n_parts - 1) * D + o_d
+    b_low = tl.min(tl.load(p_box, mask=o_d < D, other=0.0), 0)[None, :]
+    b_high = tl.max(tl.load(p_box + n_parts * D, mask=o_d < D, other=0.0), 0)[None, :]
+    b_most = tl.max(tl.load(p_box + 2 * n_parts * D, mask=o_d < D, other=0.0), 0)[None, :]
     b_centre = b_high - (b_high - b_low) * 0.5
-    b_centre = tl.where(tl.abs(b_centre) < float("inf"), b_centre, 0.0)
-    b_r = (load_points(x, row, column, o_n, n, D, WIDTH).to(b_centre.dtype) - b_centre).to(tl.float32)
-    return b_r, tl.sum(b_r * b_r, 1)[:, None]
+    has_centre = tl.abs(b_centre) < float("inf")
+    b_far = tl.where(has_centre, tl.maximum(b_high - b_centre, b_centre - b_low), b_most)
+    return tl.where(has_centre, b_centre, 0.0), b_far.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_heads", "n_parts", "q_programs", *STRIDES])
-def factors_kernel(
-    x_q, x_k, weight, q_box, k_box, q_factor, k_factor, n_q, n_k, n_heads, n_parts, q_programs,
-    q_batch, q_row, q_column, k_batch, k_row, k_column, w_batch, w_head, w_row, b_batch,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit
+def load_balance(heaviest, n_parts, b_far, unit, o_c, o_r, D: tl.constexpr, BOXES: tl.constexpr):
+    """By which columns are multiplied and divided, from bounds: how far points are from the middle, the weights."""
+    b_square = tl.sum(tl.where(o_c < D, b_far * b_far, 0.0), 1)[:, None]
+    b_w = tl.max(tl.load(heaviest + tl.minimum(tl.arange(0, BOXES), n_parts - 1)), 0)
+    b_q = b_w * tl.where(o_r < D, b_far, tl.where(o_r == D, 1.0, b_square))
+    b_k = tl.where(o_r < D, 2 * b_far, tl.where(o_r == D, b_square, 1.0))
+    return balance(invertible(b_q) / unit, invertible(b_k))
+
+
+@triton.jit
+def load_relative(x, row, column, o_n, n, b_centre, o_c, o_r, D: tl.constexpr):
+    """Coordinates relative to the middle, and squared lengths, in fp32."""
+    b_r = (load_points(x, row, column, o_n, n, o_r, D).to(b_centre.dtype) - b_centre).to(tl.float32)
+    return b_r, tl.sum(tl.where(o_c < D, b_r * b_r, 0.0), 1)[:, None]
+
+
+@triton.jit
+def store_factor(
+    p_factor, b_factor, b_unit, o_n, n, o_c,
+    COLUMNS: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of a factor, `-w (r, 1, |r|^2)` for queries, `(-2 r, |r|^2, 1)` for keys."""
-    o_d = tl.arange(0, WIDTH)[None, :]
+    """Rows of a factor as they are, or over a unit in halves side by side."""
+    if b_unit is not None:
+        b_factor = tl.div_rn(b_factor, tl.zeros_like(b_factor) + b_unit)
+        b_factor = tl.where(o_c < HALVES * RANK, half(b_factor, o_c, p_factor.dtype.element_ty, RANK, LOW), 0.0)
+    tl.store(p_factor + o_n.to(tl.int64) * COLUMNS + o_c, b_factor, mask=(o_n < n) & (o_c < COLUMNS))
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_heads", "n_parts", "q_programs", "unit", *STRIDES])
+def factors_kernel(
+    x_q, x_k, weight, heaviest, q_box, k_box, q_factor, k_factor, n_q, n_k, n_heads, n_parts, q_programs, unit,
+    q_batch, q_row, q_column, k_batch, k_row, k_column, w_batch, w_head, w_row, b_batch,
+    D: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BOXES: tl.constexpr,
+    HALVES: tl.constexpr, Q_LOW: tl.constexpr, K_LOW: tl.constexpr,
+):  # fmt: skip
+    """A block of rows of a factor, `-w (r, 1, |r|^2)` for queries, `(-2 r, |r|^2, 1)` for keys.
+
+    With the `heaviest` weights as columns over `unit`.
+    """
+    HALVED: tl.constexpr = heaviest is not None
+    RANK: tl.constexpr = D + 2
+    o_c = tl.arange(0, WIDTH)[None, :]
+    o_r = o_c % RANK if HALVED else o_c
+    b_q_unit = None
+    b_k_unit = None
     if tl.program_id(0) < q_programs:
         n_blocks = tl.cdiv(n_q, ROWS)
         i_bh, i_block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
         i_b, i_h = i_bh // n_heads, i_bh % n_heads
         o_n = i_block * ROWS + tl.arange(0, ROWS)[:, None]
-        b_r, b_square = load_relative(
-            x_q + i_b * q_batch, q_row, q_column, o_n, n_q, q_box + i_b * b_batch, n_parts, D, WIDTH, PARTS
-        )
+        b_centre, b_far = load_box(q_box + i_b * b_batch, n_parts, o_r, D, BOXES)
+        b_r, b_square = load_relative(x_q + i_b * q_batch, q_row, q_column, o_n, n_q, b_centre, o_c, o_r, D)
         p_w = weight + i_b * w_batch + i_h * w_head + o_n.to(tl.int64) * w_row
         b_w = tl.load(p_w, mask=o_n < n_q, other=0.0).to(tl.float32)
-        b_factor = -b_w * tl.where(o_d < D, b_r, tl.where(o_d == D, 1.0, b_square))
-        p_factor = q_factor + (i_bh * n_q + o_n) * (D + 2) + o_d
-        tl.store(p_factor, b_factor, mask=(o_n < n_q) & (o_d < D + 2))
+        b_factor = -b_w * tl.where(o_r < D, b_r, tl.where(o_r == D, 1.0, b_square))
+        if HALVED:
+            b_balance = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)
+            b_q_unit = tl.div_rn(tl.zeros_like(b_balance) + unit, b_balance)
+        store_factor(q_factor + i_bh * n_q * COLUMNS, b_factor, b_q_unit, o_n, n_q, o_c, COLUMNS, RANK, HALVES, Q_LOW)
     else:
         n_blocks = tl.cdiv(n_k, ROWS)
         i = tl.program_id(0) - q_programs
         i_b, i_block = (i // n_blocks).to(tl.int64), i % n_blocks
         o_n = i_block * ROWS + tl.arange(0, ROWS)[:, None]
-        b_r, b_square = load_relative(
-            x_k + i_b * k_batch, k_row, k_column, o_n, n_k, k_box + i_b * 2 * n_parts * D, n_parts, D, WIDTH, PARTS
-        )
-        b_factor = tl.where(o_d < D, -2 * b_r, tl.where(o_d == D, b_square, 1.0))
-        p_factor = k_factor + (i_b * n_k + o_n) * (D + 2) + o_d
-        tl.store(p_factor, b_factor, mask=(o_n < n_k) & (o_d < D + 2))
+        b_centre, b_far = load_box(k_box + i_b * BOX * n_parts * D, n_parts, o_r, D, BOXES)
+        b_r, b_square = load_relative(x_k + i_b * k_batch, k_row, k_column, o_n, n_k, b_centre, o_c, o_r, D)
+        b_factor = tl.where(o_r < D, -2 * b_r, tl.where(o_r == D, b_square, 1.0))
+        if HALVED:
+            b_k_unit = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)
+        store_factor(k_factor + i_b * n_k * COLUMNS, b_factor, b_k_unit, o_n, n_k, o_c, COLUMNS, RANK, HALVES, K_LOW)

@@ -49,6 +49,7 @@ for dtype in (half, fp32, torch.float64):
         x = empty(2, 70, d, dtype=dtype)
         points.distance_factors(x, x, empty(2, 4, 70))
         points.distance_factors(x, empty(50, d, dtype=fp32), empty(2, 1, 1, dtype=dtype))
+        points.distance_factors(x, empty(50, d, dtype=fp32), empty(2, 1, 1, dtype=dtype), 0.25)
 print(json.dumps(reports))
 """
 

@@ -12,7 +12,7 @@ from cases import BROADCASTS, Case, build
 from torch import Tensor
 
 from flashbias import ALiBi, FactoredBias, KeyPadding, SpatialDistance, biased_attention, reference
-from flashbias.kernels import points
+from flashbias.kernels import columns, points, replay
 from flashbias.terms import Problem, Rank
 from flashbias.testing import assert_as_accurate, eager
 
@@ -181,6 +181,59 @@ def test_coordinates_that_are_not_finite(strange: float, side: str, device: str)
     ours = points.distance_factors(bias.x_q, bias.x_k, bias.weight)
     for mine, other in zip(ours, (torchs.q_factor, torchs.k_factor), strict=True):
         torch.testing.assert_close(mine, other, equal_nan=True)
+
+
+UNIT = 0.3
+SCALES = [(1.0, 1.0), (1e-4, 1.0), (1e3, 1.0), (1.0, 1e-6), (1.0, 1e4), (0.0, 1.0), (1.0, 0.0)]
+
+
+@pytest.mark.parametrize(("far", "heavy"), SCALES)
+@pytest.mark.parametrize("d", [1, 3, 14, 50])
+def test_columns_are_factors_over_a_unit(far: float, heavy: float, d: int, device: str) -> None:
+    """In halves that fp16 holds, as good as 22 bits of the largest product."""
+    x_q, x_k = (7 + far * torch.randn(2, n, d).to(device) / d**0.5 for n in (70, 33))
+    weight = heavy * torch.randn(2, 4, 70).to(device)
+    q, k = points.distance_factors(x_q, x_k, weight, UNIT)
+    assert q.dtype == k.dtype == torch.float16
+    assert q.shape == (2, 4, 70, columns.padded(3 * (d + 2)))
+    assert k.shape == (2, 1, 33, q.shape[-1])
+    assert not q[..., 3 * (d + 2) :].any()
+    assert not k[..., 3 * (d + 2) :].any()
+    q_factor, k_factor = (factor.double() for factor in points.distance_factors(x_q, x_k, weight))
+    ours, truth = UNIT * q.double() @ k.double().mT, q_factor @ k_factor.mT
+    products = (q_factor.abs() @ k_factor.abs().mT).amax()
+    assert (ours - truth).abs().max() <= 2**-20 * max(products.item(), 2**-8)  # halves of less are too small for fp16
+
+
+@pytest.mark.parametrize(("left", "right"), [((2, 1), (1, 3)), ((), (2, 3)), ((1, 1), (1, 1))], ids=str)
+def test_columns_of_points_and_weights_that_broadcast(
+    left: tuple[int, ...], right: tuple[int, ...], device: str
+) -> None:
+    x_q, x_k = torch.randn(*left, 9, 2).to(device), torch.randn(*right, 17, 2).to(device)
+    bias = SpatialDistance(x_q, x_k, torch.randn(2, 1, 2, 1).to(device))
+    check(bias, queries(9, device, batch=(2, 3), dtype=torch.float16), 17)
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_columns_beside_coordinates_that_are_not_finite(strange: float, device: str) -> None:
+    x_q, x_k = torch.rand(2, 9, 3).to(device) + 3, torch.rand(2, 17, 3).to(device) + 3
+    weight = torch.rand(2, 1, 9).to(device)
+    x_k[0, 4, 1], x_q[1, 2, 0], weight[0, 0, 7] = strange, strange, strange
+    q, k = points.distance_factors(x_q, x_k, weight, UNIT)
+    truth = SpatialDistance(x_q, x_k, weight).dense(9, 17, dtype=torch.float64)
+    finite = truth.isfinite()
+    ours = UNIT * q.double() @ k.double().mT
+    assert ours.isfinite().equal(finite)
+    torch.testing.assert_close(ours[finite], truth[finite], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_beside_half_precision_a_call_has_three_launches(device: str) -> None:
+    query, x, weight = queries(9, device, dtype=torch.float16), torch.rand(2, 9, 3).to(device), torch.rand(9).to(device)
+    biased_attention(query, query, query, SpatialDistance(x, x, weight))
+    (made,) = replay._passes.values()
+    assert made is not None
+    assert [is_kept for _, is_kept in made.steps].count(False) == 3
 
 
 def test_torch_makes_them_where_it_is_needed(made: list[Any], monkeypatch: pytest.MonkeyPatch, device: str) -> None:

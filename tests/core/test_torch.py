@@ -31,6 +31,7 @@ from flashbias import (
 )
 from flashbias.masks import Allowed, Both
 from flashbias.operands import gather
+from flashbias.terms import Problem, Rank
 
 Tensors = dict[str, Tensor]
 
@@ -140,6 +141,7 @@ def test_opcheck(number: int, place: str) -> None:
     batch = query.shape[:-3]
     operands = gather(inputs.make_bias(leaves), inputs.mask, batch, query.shape[-3], query, key)
     key, value = (tensor.expand(*batch, *tensor.shape[-3:]) for tensor in (key, value))
+    operands.factor_unit = 0.5 if operands.slopes is not None else 1.0
     args = (query, key, value, *vars(operands).values(), 0.25)
     torch.library.opcheck(ops.attention, args)
 
@@ -151,6 +153,29 @@ def test_opcheck(number: int, place: str) -> None:
     torch.library.opcheck(
         ops.attention_backward, (torch.randn_like(out), torch.randn_like(lse), out, lse, wanted, *args)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_product_of_factors_counts_as_often_as_its_unit_says(dtype: torch.dtype, place: str) -> None:
+    """Forward, gradients, and where two biases of factors are merged."""
+    t = make(7, 9, place, dtype=dtype)
+    others = FactoredBias(t["query"].detach(), t["key"].detach())
+
+    class Scaled(FactoredBias):
+        def terms(self, problem: Problem) -> list[Rank]:
+            return [Rank(2 * self.q_factor, self.k_factor, unit=0.5)]
+
+    def attend(kind: type[FactoredBias], sums: bool) -> Callable[[Tensors], Any]:
+        def run(t: Tensors) -> Any:
+            bias = kind(t["q_factor"], t["k_factor"])
+            whole = others + bias + bias if sums else bias
+            return biased_attention(t["query"], t["key"], t["value"], whole, return_lse=True, scale=0.3)
+
+        return run
+
+    for sums in (False, True):
+        # Powers of two do not round: but for halves of the factors, which are balanced, all is the same.
+        assert_equal(run(attend(Scaled, sums), t), run(attend(FactoredBias, sums), t), rtol=1e-3, atol=1e-5)
 
 
 def attend_with(make_bias: Callable[[Tensors], Any], make_mask: Callable[[Tensors], Any]) -> Callable[..., Any]:

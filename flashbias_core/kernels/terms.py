@@ -146,10 +146,10 @@ def dot_rows(
     """`sum + left @ right^T` over the C features of two blocks of rows, `[L, WIDTH]` and `[R, WIDTH]`.
 
     Long rows of fp32, which every warp holds in three parts, would not fit into the registers: they are read again,
-    some features at a time. So are all where a product in float64 is made of SUMS over features.
+    some features at a time, fewer where gradients are wide. So are all where a product in float64 is made of SUMS.
     """
     SUMMED: tl.constexpr = SUMS and b_sum.dtype == tl.float64
-    PART: tl.constexpr = 4 if SUMMED else 32
+    PART: tl.constexpr = 4 if SUMMED else 16 if C > 128 else 32
     LONG: tl.constexpr = C > 64
     if SUMMED or (LONG and b_left.dtype == tl.float32):
         for o_part in tl.range(0, C, PART, num_stages=1):
@@ -185,7 +185,8 @@ def products(
             C, PRECISION, SUMS,
         )  # fmt: skip
     SUMMED: tl.constexpr = SUMS and b_s.dtype == tl.float64
-    if SUMMED and RANK > 0:
+    LONG: tl.constexpr = RANK > 64 and b_left.dtype == tl.float32
+    if RANK > 0 and (SUMMED or LONG):
         b_s = dot_rows(
             b_left, b_right, left_columns, right_columns, b_s, i_o, i_i, i_h, i_h, left_first, right_first,
             n_left, n_right, RANK, PRECISION, SUMS,

@@ -22,7 +22,8 @@ EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to 
 REGISTERS = 1 << 16  # of a processor
 ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
 FEW_SCORES = 1 << 23  # up to which accuracy is worth more than time
-# Devices with half as many units of float64 as of fp32, where others have few, and since when triton uses them well.
+# Devices with half as many units of float64 as of fp32, where others have few, and since when triton has products
+# of float64 that use them well.
 DOUBLES = {(8, 0): (3, 6), (9, 0): (3, 6), (10, 0): (3, 9)}
 PART = 512  # keys that a program gets at least where several share a tile's
 
@@ -180,24 +181,23 @@ def has_bf16x6(device: torch.device) -> bool:
     return device.type == "cuda" and triton_version() >= (3, 6)
 
 
-@cache
 def has_doubles(device: torch.device) -> bool:
     """Whether scores can be formed in float64 where inputs are fp32.
 
     In fp32 what comes of them misses the accuracy bound wherever an eager computation errs by chance less than it
     mostly does, unless its errors are several times smaller: few numbers, or sums of all scores.
     """
-    return doubles_on(_capability(device)) if device.type == "cuda" else triton_version() >= (3, 6)
+    return device.type != "cuda" or _capability(device) in DOUBLES
+
+
+def dots_doubles(device: torch.device) -> bool:
+    """Whether triton forms products of float64 there; else they are summed feature by feature."""
+    return triton_version() >= (DOUBLES[_capability(device)] if device.type == "cuda" else (3, 6))
 
 
 def is_few(scores: int) -> bool:
     """Whether in so many scores chance weighs most, and what makes them more accurate takes the least time."""
     return scores <= FEW_SCORES
-
-
-def doubles_on(capability: tuple[int, int]) -> bool:
-    """Whether float64 is fast on devices of that compute capability."""
-    return capability in DOUBLES and triton_version() >= DOUBLES[capability]
 
 
 @cache

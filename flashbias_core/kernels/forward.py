@@ -37,7 +37,7 @@ def forward_kernel(
     n_splits, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
-    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     ABREAST: tl.constexpr, LONG: tl.constexpr, IN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE; with IN_PARTS those of one of `n_splits` parts of the keys, each in a plane of its own.
@@ -87,7 +87,7 @@ def forward_kernel(
                 b_s = products(
                     b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
                     m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION,
-                    phase == 1, DTYPE,
+                    SUMS, phase == 1, DTYPE,
                 )  # fmt: skip
                 if FAR:
                     b_s = add_scaled(b_s, slope, steps(BLOCK_N, True))

@@ -1,6 +1,6 @@
 """fp32 queries, keys and values as fp16 over units of each head, in two launches.
 
-The first finds the largest magnitudes of every head, the second divides by what follows from them; no other kernel
+The first finds the largest magnitudes of every head, the second scales by what follows from them; no other kernel
 and no copy comes between. A magnitude's bits, as an integer, have its order, and those of NaN are above all others'.
 """
 
@@ -113,15 +113,14 @@ def load_most(most, SHARES: tl.constexpr, SMALLEST: tl.constexpr):
 
 @triton.jit
 def store_half(
-    x, half, s_row, s_column, n_rows, i_block, b_unit, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    x, half, s_row, s_column, n_rows, i_block, b_factor, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """A block of rows over a unit."""
+    """A block of rows times a factor, one over their unit: so many divisions would spill registers in triton 3.3."""
     o_row = i_block * ROWS + tl.arange(0, ROWS)[:, None]
     o_c = tl.arange(0, WIDTH)[None, :]
     inside = (o_row < n_rows) & (o_c < C)
     b_x = tl.load(x + o_row.to(tl.int64) * s_row + o_c.to(tl.int64) * s_column, mask=inside, other=0.0)
-    b_half = tl.div_rn(b_x, tl.zeros_like(b_x) + b_unit).to(tl.float16)
-    tl.store(half + o_row.to(tl.int64) * C + o_c, b_half, mask=inside)
+    tl.store(half + o_row.to(tl.int64) * C + o_c, (b_x * b_factor).to(tl.float16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k"])
@@ -136,12 +135,12 @@ def halves_kernel(
     i_tensor, i_block = tl.program_id(1) % 3, tl.program_id(1) // 3
     i_b, i_h, i_made = (i_head // HEADS).to(tl.int64), (i_head % HEADS).to(tl.int64), i_head.to(tl.int64)
     if i_tensor == 2:
-        b_unit = load_most(most + (2 * n_heads + i_head) * SHARES, SHARES, SMALLEST) * (1.0 / LARGEST)
+        b_v = load_most(most + (2 * n_heads + i_head) * SHARES, SHARES, SMALLEST)
         if i_block == 0:
-            tl.store(unit + i_head + tl.arange(0, 1)[:, None], b_unit)
+            tl.store(unit + i_head + tl.arange(0, 1)[:, None], b_v * (1.0 / LARGEST))
         store_half(
             value + i_b * v_batch + i_h * v_head, value_half + i_made * n_k * C, v_row, v_column, n_k, i_block,
-            b_unit, C, WIDTH, ROWS,
+            tl.div_rn(tl.full([1, 1], LARGEST, tl.float32), b_v), C, WIDTH, ROWS,
         )  # fmt: skip
     else:
         b_q = load_most(most + i_head * SHARES, SHARES, SMALLEST)
@@ -149,14 +148,12 @@ def halves_kernel(
         b_both = tl.sqrt_rn(b_q * b_k * FACTOR)
         b_both = tl.where(b_both > LARGEST, LARGEST, b_both)
         if i_tensor == 0:
-            b_unit = tl.div_rn(b_q, b_both)
             store_half(
                 query + i_b * q_batch + i_h * q_head, query_half + i_made * n_q * C, q_row, q_column, n_q, i_block,
-                b_unit, C, WIDTH, ROWS,
+                tl.div_rn(b_both, b_q), C, WIDTH, ROWS,
             )  # fmt: skip
         else:
-            b_unit = tl.div_rn(b_k, b_both)
             store_half(
                 key + i_b * k_batch + i_h * k_head, key_half + i_made * n_k * C, k_row, k_column, n_k, i_block,
-                b_unit, C, WIDTH, ROWS,
+                tl.div_rn(b_both, b_k), C, WIDTH, ROWS,
             )  # fmt: skip

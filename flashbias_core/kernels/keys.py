@@ -30,7 +30,7 @@ def keys_kernel(
     unit_rest, n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
-    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys, values and the keys' factor columns, for each query head; each None where not wanted.
@@ -73,7 +73,8 @@ def keys_kernel(
             if low is None:
                 b_s = products(
                     b_k, b_q, k, q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h, i_kv, i_h,
-                    n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, C, RANK, CHUNK, FOLDED, PRECISION, True,
+                    n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, C, RANK, CHUNK, FOLDED, PRECISION, SUMS,
+                    True,
                 )  # fmt: skip
             else:
                 # In fp32 the very products with which the statistics were improved, so that their errors cancel.
@@ -82,8 +83,8 @@ def keys_kernel(
                     b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
                 b_s = products(
                     b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
-                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True,
-                    DTYPE,
+                    m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, SUMS,
+                    True, DTYPE,
                 )  # fmt: skip
                 b_s = tl.trans(b_s)
             b_s = add_distances(
@@ -108,7 +109,7 @@ def keys_kernel(
             else:
                 b_dp = dot_rows(
                     b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
-                    m_first, n_first, n_q, n_keys, C_V, PRECISION,
+                    m_first, n_first, n_q, n_keys, C_V, PRECISION, SUMS,
                 )  # fmt: skip
                 b_dp = tl.trans(b_dp)
             b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_delta_low[None, :], low is not None)

@@ -42,7 +42,7 @@ def queries_kernel(
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, GRADIENT_RANK: tl.constexpr, SPLIT: tl.constexpr,
     EXCESS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
-    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, their factor columns, and, row by row, slopes and `Far`; each None where not wanted.
@@ -91,8 +91,8 @@ def queries_kernel(
             b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)
             b_s = products(
                 b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
-                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, phase == 1,
-                DTYPE,
+                m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, SUMS,
+                phase == 1, DTYPE,
             )  # fmt: skip
             b_s = add_distances(
                 b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
@@ -110,7 +110,7 @@ def queries_kernel(
             b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, phase == 1)
             b_dp = dot_rows(
                 b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
-                m_first, n_first, n_q, n_keys, C_V, PRECISION,
+                m_first, n_first, n_q, n_keys, C_V, PRECISION, SUMS,
             )  # fmt: skip
             b_ds = score_gradient(b_p, b_dp, b_delta[:, None], 0.0, False)
             if EXCESS:

@@ -24,7 +24,7 @@ def table_kernel(
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
-    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dS near the table's distances, `[BAND, width]` from column `start` on, summed over bands and shared members.
@@ -62,7 +62,8 @@ def table_kernel(
         b_sum += tile_gradient(
             q, k, v, d_out, level, delta, low, terms, masks, b_matrix, i_o, i_i, i_h, m_first, n_first,
             n_q, n_k, n_inner, n_heads, group, offset, unit,
-            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N, DTYPE,
+            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, SUMS, BLOCK_M, BLOCK_N,
+            DTYPE,
         )  # fmt: skip
 
     n_own = tl.num_programs(0) // (n_n * n_m * n_splits)

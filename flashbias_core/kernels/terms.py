@@ -141,22 +141,27 @@ def dot_features(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 @triton.jit
 def dot_rows(
     b_left, b_right, left, right, b_sum, i_o, i_i, i_h_left, i_h_right, left_first, right_first, n_left, n_right,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """`sum + left @ right^T` over the C features of two blocks of rows, `[L, WIDTH]` and `[R, WIDTH]`.
 
     Long rows of fp32, which every warp holds in three parts, would not fit into the registers: they are read again,
-    some features at a time.
+    some features at a time, fewer where gradients are wide. So are all where a product in float64 is made of SUMS.
     """
-    PART: tl.constexpr = 32
+    SUMMED: tl.constexpr = SUMS and b_sum.dtype == tl.float64
+    PART: tl.constexpr = 4 if SUMMED else 16 if C > 128 else 32
     LONG: tl.constexpr = C > 64
-    if LONG and b_left.dtype == tl.float32:
+    if SUMMED or (LONG and b_left.dtype == tl.float32):
         for o_part in tl.range(0, C, PART, num_stages=1):
             b_l = load_rows(left, i_o, i_i, i_h_left, left_first, n_left, b_left.shape[0], C, PART, True, o_part)
             b_r = load_rows(right, i_o, i_i, i_h_right, right_first, n_right, b_right.shape[0], C, PART, True, o_part)
-            b_sum = dot_features(b_l, b_r, b_sum, PRECISION)
-        return b_sum
-    return dot_features(b_left, b_right, b_sum, PRECISION)
+            if SUMMED:
+                b_sum += tl.sum(b_l.to(tl.float64)[:, None, :] * b_r.to(tl.float64)[None, :, :], 2)
+            else:
+                b_sum = dot_features(b_l, b_r, b_sum, PRECISION)
+    else:
+        b_sum = dot_features(b_left, b_right, b_sum, PRECISION)
+    return b_sum
 
 
 @triton.jit
@@ -164,7 +169,8 @@ def products(
     b_left, b_right, left, right, b_left_columns, left_columns, right_columns, i_o, i_i, i_h, i_h_left, i_h_right,
     left_first, right_first, n_left, n_right, unit,
     BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, C: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
-    FOLDED: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, DTYPE: tl.constexpr = tl.float32,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr, CHECK: tl.constexpr,
+    DTYPE: tl.constexpr = tl.float32,
 ):  # fmt: skip
     """Scores of a tile, in DTYPE, from its matrix products: of queries and keys, and of the factor columns.
 
@@ -176,9 +182,16 @@ def products(
         # First, since the bias over a small unit is large, and each later addition would be rounded to its size.
         b_s = dot_rows(
             b_left, b_right, left, right, b_s, i_o, i_i, i_h_left, i_h_right, left_first, right_first, n_left, n_right,
-            C, PRECISION,
+            C, PRECISION, SUMS,
         )  # fmt: skip
-    if RANK > 0:
+    SUMMED: tl.constexpr = SUMS and b_s.dtype == tl.float64
+    LONG: tl.constexpr = RANK > 64 and b_left.dtype == tl.float32
+    if RANK > 0 and (SUMMED or LONG):
+        b_s = dot_rows(
+            b_left, b_right, left_columns, right_columns, b_s, i_o, i_i, i_h, i_h, left_first, right_first,
+            n_left, n_right, RANK, PRECISION, SUMS,
+        )  # fmt: skip
+    elif RANK > 0:
         for i_chunk in tl.static_range(0, RANK // CHUNK):
             if RANK > CHUNK:
                 b_left_columns = load_chunk(

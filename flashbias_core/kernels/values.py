@@ -38,7 +38,7 @@ def tile_gradient(
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
-    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dS of one tile, `[BLOCK_M, BLOCK_N]` in DTYPE; `b_matrix` is its tile of the dense bias, or None."""
@@ -56,7 +56,8 @@ def tile_gradient(
     b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
     b_s = products(
         b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
-        m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, True, DTYPE,
+        m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, SUMS, True,
+        DTYPE,
     )  # fmt: skip
     b_s = add_distances(
         b_s, terms, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, unit,
@@ -71,7 +72,7 @@ def tile_gradient(
     b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
     b_dp = dot_rows(
         b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
-        m_first, n_first, n_q, n_keys, C_V, PRECISION,
+        m_first, n_first, n_q, n_keys, C_V, PRECISION, SUMS,
     )  # fmt: skip
     return score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)
 
@@ -83,7 +84,7 @@ def values_kernel(
     n_q, n_k, n_inner, n_heads, group, offset, unit,
     C: tl.constexpr, C_V: tl.constexpr, RANK: tl.constexpr, ONE_ROW: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CHUNK: tl.constexpr, FOLDED: tl.constexpr,
-    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a dense bias: dS summed over the `n_*_shared` batches and heads (with ONE_ROW, rows) that share it.
@@ -121,7 +122,8 @@ def values_kernel(
         b_d_values += tile_gradient(
             q, k, v, d_out, level, delta, low, terms, masks, b_matrix, i_o, i_i, i_h, m_first, n_first,
             n_q, n_k, n_inner, n_heads, group, offset, unit,
-            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, BLOCK_M, BLOCK_N, DTYPE,
+            C, C_V, RANK, WIDTH, WIDTH_V, CHUNK, FOLDED, CAUSAL, SYMMETRIC, PRECISION, SUMS, BLOCK_M, BLOCK_N,
+            DTYPE,
         )  # fmt: skip
 
     n_own = tl.num_programs(0) // (n_n * n_m_tiles * n_splits)

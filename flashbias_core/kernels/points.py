@@ -20,7 +20,7 @@ from .known import launch_known
 from .replay import done, repeated, room
 
 ENTRIES = 512  # of a tile that is read
-WRITTEN = 4096  # of a tile that is written
+WRITTEN = 4096  # of a tile that is written, in halves half as many
 SHARES = 32  # of the points of a side, at most, among programs that look for the box
 BOX = tl.constexpr(3)  # rows of a box: the lowest coordinates, the highest, the largest finite magnitudes
 STRIDES = [
@@ -68,7 +68,7 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tu
     k_factor = room(x_q, (*batch, 1, n_k, columns), dtype)
     q, q_box = _folded(x_q, q_batch), _folded(box, q_batch)
     width = triton.next_power_of_2(columns)
-    rows = max(WRITTEN // width, 1)
+    rows = max(WRITTEN // (1 if unit is None else 2) // width, 1)
     q_programs = q_factor.shape[:-2].numel() * plan.cdiv(n_q, rows)
     launch_known(
         factors_kernel, (q_programs + batch.numel() * plan.cdiv(n_k, rows), 1), x_q.device,
@@ -180,14 +180,16 @@ def load_relative(x, row, column, o_n, n, b_centre, o_c, o_r, D: tl.constexpr):
 
 
 @triton.jit
-def store_factor(
-    p_factor, b_factor, b_unit, o_n, n, o_c,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, LOW: tl.constexpr,
+def in_halves(
+    b_factor, b_unit, o_c, dtype: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, LOW: tl.constexpr
 ):  # fmt: skip
-    """Rows of a factor as they are, or over a unit in halves side by side."""
-    if b_unit is not None:
-        b_factor = tl.div_rn(b_factor, tl.zeros_like(b_factor) + b_unit)
-        b_factor = tl.where(o_c < HALVES * RANK, half(b_factor, o_c, p_factor.dtype.element_ty, RANK, LOW), 0.0)
+    """Rows of a factor over a unit, in halves side by side."""
+    b_factor = tl.div_rn(b_factor, tl.zeros_like(b_factor) + b_unit)
+    return tl.where(o_c < HALVES * RANK, half(b_factor, o_c, dtype, RANK, LOW), 0.0)
+
+
+@triton.jit
+def store_factor(p_factor, b_factor, o_n, n, o_c, COLUMNS: tl.constexpr):
     tl.store(p_factor + o_n.to(tl.int64) * COLUMNS + o_c, b_factor, mask=(o_n < n) & (o_c < COLUMNS))
 
 
@@ -206,8 +208,6 @@ def factors_kernel(
     RANK: tl.constexpr = D + 2
     o_c = tl.arange(0, WIDTH)[None, :]
     o_r = o_c % RANK if HALVED else o_c
-    b_q_unit = None
-    b_k_unit = None
     if tl.program_id(0) < q_programs:
         n_blocks = tl.cdiv(n_q, ROWS)
         i_bh, i_block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
@@ -220,8 +220,9 @@ def factors_kernel(
         b_factor = -b_w * tl.where(o_r < D, b_r, tl.where(o_r == D, 1.0, b_square))
         if HALVED:
             b_balance = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)
-            b_q_unit = tl.div_rn(tl.zeros_like(b_balance) + unit, b_balance)
-        store_factor(q_factor + i_bh * n_q * COLUMNS, b_factor, b_q_unit, o_n, n_q, o_c, COLUMNS, RANK, HALVES, Q_LOW)
+            b_unit = tl.div_rn(tl.zeros_like(b_balance) + unit, b_balance)
+            b_factor = in_halves(b_factor, b_unit, o_c, q_factor.dtype.element_ty, RANK, HALVES, Q_LOW)
+        store_factor(q_factor + i_bh * n_q * COLUMNS, b_factor, o_n, n_q, o_c, COLUMNS)
     else:
         n_blocks = tl.cdiv(n_k, ROWS)
         i = tl.program_id(0) - q_programs
@@ -231,5 +232,6 @@ def factors_kernel(
         b_r, b_square = load_relative(x_k + i_b * k_batch, k_row, k_column, o_n, n_k, b_centre, o_c, o_r, D)
         b_factor = tl.where(o_r < D, -2 * b_r, tl.where(o_r == D, b_square, 1.0))
         if HALVED:
-            b_k_unit = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)
-        store_factor(k_factor + i_b * n_k * COLUMNS, b_factor, b_k_unit, o_n, n_k, o_c, COLUMNS, RANK, HALVES, K_LOW)
+            b_unit = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)
+            b_factor = in_halves(b_factor, b_unit, o_c, k_factor.dtype.element_ty, RANK, HALVES, K_LOW)
+        store_factor(k_factor + i_b * n_k * COLUMNS, b_factor, o_n, n_k, o_c, COLUMNS)

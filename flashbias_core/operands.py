@@ -168,9 +168,9 @@ def _add_term(operands: Operands, term: Term) -> None:
         if operands.q_factor is None or operands.k_factor is None:
             operands.q_factor, operands.k_factor, operands.factor_unit = *factors, term.unit
         else:
-            others = _times(operands.q_factor, operands.factor_unit), operands.k_factor
-            operands.q_factor = _columns(others[0], _times(factors[0], term.unit))
-            operands.k_factor, operands.factor_unit = _columns(others[1], factors[1]), 1.0
+            whole = _times(operands.q_factor, operands.factor_unit), _times(factors[0], term.unit)
+            operands.q_factor, operands.factor_unit = _columns(*whole), 1.0
+            operands.k_factor = _columns(operands.k_factor, factors[1])
     elif isinstance(term, Linear):
         if operands.slopes is None:
             operands.slopes, operands.symmetric = term.slopes, term.symmetric

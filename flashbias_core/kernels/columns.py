@@ -26,7 +26,7 @@ MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
 NONE = -1
 # An fp32 factor in halves: so many times its columns, which have low halves in these parts of queries' and keys'.
-PARTS, Q_LOW, K_LOW = 3, 2, 1
+HALVES, Q_LOW, K_LOW = 3, 2, 1
 SHARES = 32  # of the rows, among programs that look for the largest
 _COMPILED: dict[Hashable, Known] = {}  # does not grow with the number of lengths
 
@@ -46,10 +46,10 @@ def score_columns(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype, unit: 
     if dtype == torch.float32:
         return _score_columns(q_factor, k_factor, dtype, unit)
     if own == torch.float32:
-        return _score_columns(q_factor, k_factor, torch.float16, unit, PARTS, Q_LOW, K_LOW, balanced=True)
+        return _score_columns(q_factor, k_factor, torch.float16, unit, HALVES, Q_LOW, K_LOW, balanced=True)
     if own == torch.bfloat16 and math.frexp(unit)[0] == 0.5:  # a power of two; fp16 might overflow
         return _score_columns(q_factor, k_factor, own, unit)
-    if own == torch.bfloat16 and rounded(2 * rank) == rounded(rank):
+    if own == torch.bfloat16 and _rounded(2 * rank) == _rounded(rank):
         return _score_columns(q_factor, k_factor, own, unit, 2, 1)
     columns = _score_columns(q_factor, k_factor, own, 1.0)
     columns.folded = unit == 1.0
@@ -104,12 +104,12 @@ def _added(product: Tensor, rank: int, size: Tensor | None) -> Tensor:
 
 def padded(number: int) -> int:
     """How many columns the kernels take for so many."""
-    return rounded(number, MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)
+    return _rounded(number, MIN_WIDTH if number <= MAX_WIDTH else MAX_WIDTH)
 
 
 def gradient_width(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> int:
     """How many columns `gradient_columns` makes: of an fp32 factor beside 16 bits two parts."""
-    return rounded(_gradient_parts(factor, dtype) * factor.shape[-1], step)
+    return _rounded(_gradient_parts(factor, dtype) * factor.shape[-1], step)
 
 
 def _gradient_parts(factor: Tensor, dtype: torch.dtype) -> int:
@@ -161,8 +161,7 @@ def _launch(
     launch(kernel, grid, tensors | numbers, lambda: constants, _COMPILED, key)
 
 
-def rounded(columns: int, step: int = MIN_WIDTH) -> int:
-    """How many columns there are, padded."""
+def _rounded(columns: int, step: int = MIN_WIDTH) -> int:
     return -(-columns // step) * step
 
 
@@ -220,7 +219,7 @@ def largest_kernel(
 
 @triton.jit
 def load_largest(largest, o_r, RANK: tl.constexpr, SHARES: tl.constexpr):
-    """The largest magnitudes in the columns `o_r` over all shares."""
+    """The largest magnitudes in the columns `o_r` over all shares, in a range that can be inverted."""
     b_shares = tl.load(largest + tl.arange(0, SHARES)[:, None] * RANK + o_r[None, :])
     return invertible(tl.max(b_shares, 0))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashbias import plan
 
-from .columns import K_LOW, PARTS, Q_LOW, balance, half, invertible, padded
+from .columns import HALVES, K_LOW, Q_LOW, balance, half, invertible, padded
 from .known import launch_known
 from .replay import done, repeated, room
 
@@ -48,7 +48,7 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tu
     if unit is not None:
         batch = q_batch  # columns of keys depend on the weights
     exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.float32)
-    dtype, columns = (torch.float32, d + 2) if unit is None else (torch.float16, padded(PARTS * (d + 2)))
+    dtype, columns = (torch.float32, d + 2) if unit is None else (torch.float16, padded(HALVES * (d + 2)))
     width = triton.next_power_of_2(d + 2)
     rows = max(ENTRIES // width, 1)
     sides = 1 if x_k is x_q else 2
@@ -75,7 +75,7 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tu
         points | _strides("q", q, "row", "column")
         | {"x_q": q, "q_box": q_box, "k_box": box, "b_batch": q_box.stride(0), "q_factor": q_factor,
            "k_factor": k_factor, "n_parts": parts, "q_programs": q_programs, "unit": 1.0 if unit is None else unit},
-        D=d, COLUMNS=columns, WIDTH=width, ROWS=rows, BOXES=sides * shares, HALVES=PARTS, Q_LOW=Q_LOW, K_LOW=K_LOW,
+        D=d, COLUMNS=columns, WIDTH=width, ROWS=rows, BOXES=sides * shares, HALVES=HALVES, Q_LOW=Q_LOW, K_LOW=K_LOW,
     )  # fmt: skip
     return q_factor, k_factor
 

@@ -190,9 +190,14 @@ def has_doubles(device: torch.device) -> bool:
     return device.type != "cuda" or _capability(device) in DOUBLES
 
 
-def dots_doubles(device: torch.device) -> bool:
-    """Whether triton forms products of float64 there; else they are summed feature by feature."""
-    return triton_version() >= (DOUBLES[_capability(device)] if device.type == "cuda" else (3, 6))
+def sums_doubles(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of float64, where inputs of `dtype` need any, are summed feature by feature.
+
+    Triton has none there that use the units well, or, its interpreter, none at all.
+    """
+    if dtype != torch.float32 or not has_doubles(device):
+        return False
+    return triton_version() < (DOUBLES[_capability(device)] if device.type == "cuda" else (3, 6))
 
 
 def is_few(scores: int) -> bool:

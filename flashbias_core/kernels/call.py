@@ -119,7 +119,7 @@ def _frame(
         "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
         "CHUNK": plan.chunk(rank), "FOLDED": folded, "CAUSAL": causal, "SYMMETRIC": symmetric,
         "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), device),
-        "SUMS": query.dtype == torch.float32 and plan.has_doubles(device) and not plan.dots_doubles(device),
+        "SUMS": plan.sums_doubles(query.dtype, device),
     }  # fmt: skip
     traits = {
         "LONG": n_k >= plan.LONG and "values" not in given,  # a dense bias takes registers too

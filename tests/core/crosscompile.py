@@ -193,7 +193,7 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     kept = {(module, name): getattr(module, name) for module, name in places}
     kept_tiles, kept_backend = plan.tiles, plan.backend
     kept_descriptors, kept_bf16x6 = plan.has_descriptors, plan.has_bf16x6
-    kept_doubles, kept_dots, kept_capability = plan.has_doubles, plan.dots_doubles, plan._capability
+    kept_doubles, kept_sums, kept_capability = plan.has_doubles, plan.sums_doubles, plan._capability
     kept_teams, kept_work = plan.has_teams, plan.TEAM_WORK
 
     def tiles(kind: str, device: torch.device, dtype: torch.dtype, constants: Any) -> Tiles:
@@ -205,7 +205,7 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     plan.has_descriptors = lambda device: arch >= 90 and kept_descriptors(device)
     plan.has_bf16x6 = lambda device: kept_bf16x6(torch.device("cuda"))
     plan.has_doubles = lambda device: kept_doubles(torch.device("cuda"))
-    plan.dots_doubles = lambda device: kept_dots(torch.device("cuda"))
+    plan.sums_doubles = lambda dtype, device: kept_sums(dtype, torch.device("cuda"))
     plan._capability = lambda device: (arch // 10, arch % 10)
     plan.has_teams, plan.TEAM_WORK = (lambda device: teams), 0
     call.forget()  # which keeps the tiles of the last architecture
@@ -217,7 +217,7 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
             setattr(module, name, kernel)
         plan.tiles, plan.backend = kept_tiles, kept_backend
         plan.has_descriptors, plan.has_bf16x6 = kept_descriptors, kept_bf16x6
-        plan.has_doubles, plan.dots_doubles, plan._capability = kept_doubles, kept_dots, kept_capability
+        plan.has_doubles, plan.sums_doubles, plan._capability = kept_doubles, kept_sums, kept_capability
         plan.has_teams, plan.TEAM_WORK = kept_teams, kept_work
     return reports
 

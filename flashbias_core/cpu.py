@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from .output import new_output
 COPIED = 4  # scores that cost as much as an entry of keys or values, which float64 has copied
 
 
-def again(known: object, tensors: object, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What `make()` gives, output and LSE: here nothing is spared by what is known of calls before."""
+def again(known: object, tensors: object, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What `make()` gives: here nothing is spared by what is known of calls before."""
     return make()
 
 

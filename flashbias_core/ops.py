@@ -22,7 +22,7 @@ from .operands import Operands
 from .output import new_output
 from .signature import signature
 
-# Makes output and LSE of tensors.
+# Makes of tensors what comes of a call.
 Way = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 # The inputs of `attention` that have gradients, and their positions.
 DIFFERENTIABLE = {"query": 0, "key": 1, "value": 2, "q_factor": 3, "k_factor": 4, "slopes": 5, "values": 8, "table": 9}
@@ -50,8 +50,8 @@ def _module(backend: str) -> ModuleType:
     return cpu
 
 
-def like_before(make: Callable[[], tuple[Tensor, Tensor]], parts: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """`make()`, output and LSE of a call of these parts, of which the first is query; shorter for one like another.
+def like_before(make: Callable[[], Sequence[Tensor]], parts: tuple[Any, ...]) -> Sequence[Tensor]:
+    """`make()`, what comes of a call of these parts, of which the first is query; shorter for one like another.
 
     A call is made in the same way as one before if all but what its tensors hold is the same. With gradients its
     operands, which are made of its bias, are a part of torch's graph.

@@ -18,7 +18,8 @@ SHORT = 1024  # keys: rows of a dense bias up to here are short
 FEW = 16  # queries
 FEW_KEYS = 8  # of a last tile that are computed with alone: no product has fewer columns
 TEAM_WORK = 1 << 27  # scores from which teams pay forward: what describes tensors to them takes the host longer
-EXPANDED_RANK = 64  # from which factors of all the batch are multiplied out to a dense bias
+DENSE_WORK = 0.5  # of them with a dense bias, where teams gain more
+EXPANDED_RANK = 32  # from which factors of all the batch are multiplied out to a dense bias
 REGISTERS = 1 << 16  # of a processor
 ROUNDS, MEMBERS = 16, 16  # of programs, at most, and that a program sums over, at least
 FEW_SCORES = 1 << 23  # up to which accuracy is worth more than time
@@ -103,8 +104,8 @@ def teams(kind: str, query: torch.Tensor, n_k: int, constants: Mapping[str, Any]
     found = select(f"{kind} teams", (9, 0), 2, constants)
     own = cdiv(n_k, found.block_n) if kind in ("keys", "k_factor") else cdiv(n_q, found.block_m)
     programs = team_programs(found, own, query.shape, constants)
-    # With gradients the host has a millisecond to do; calls with a dense bias gain more.
-    least = TEAM_WORK * (0.5 if constants["DENSE"] else 1 if kind == "forward" else 8)
+    # With gradients the host has a millisecond to do.
+    least = TEAM_WORK * (DENSE_WORK if constants["DENSE"] else 1 if kind == "forward" else 8)
     worth = rows * n_q * n_k >= least and programs >= _processors(query.device)
     return found if worth and n_q > FEW else None
 
@@ -116,8 +117,9 @@ def expands(query: torch.Tensor, n_k: int, q_factor: torch.Tensor, k_factor: tor
     """
     shared = all(factor.shape[:-3].numel() == 1 for factor in (q_factor, k_factor))
     batch, c = query.shape[:-3].numel(), query.shape[-1]
-    fits = shared and n_k <= batch * c and q_factor.dtype == query.dtype
-    return fits and q_factor.shape[-1] >= EXPANDED_RANK and query.dtype.itemsize == 2 and has_teams(query.device)
+    fits = shared and n_k <= batch * c and q_factor.dtype == query.dtype and query.dtype.itemsize == 2
+    worth = q_factor.shape[-1] >= EXPANDED_RANK and query.shape[:-1].numel() * n_k >= TEAM_WORK * DENSE_WORK
+    return fits and worth and has_teams(query.device)
 
 
 def team_programs(found: Tiles, n_tiles: int, shape: torch.Size, constants: Mapping[str, Any]) -> int:

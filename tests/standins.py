@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from flashbias.kernels.passes import with_tensor, without_tensor
+
 
 class StandIn(CompiledKernel):
     """A kernel without code: launched as it is, or straight, `self[grid]` is called with the kernel's arguments."""
@@ -44,4 +46,6 @@ def with_tensors(given: Any, like: Any) -> Any:
         return tensor_at(given, (size,), like.dtype).as_strided(like.shape, like.stride())
     if isinstance(like, tuple):
         return tuple.__new__(type(like), map(with_tensors, given, like))
+    if hasattr(like, "base"):  # a tensor descriptor
+        return with_tensor(without_tensor(like), with_tensors(given.base, like.base))
     return given

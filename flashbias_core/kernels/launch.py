@@ -34,11 +34,10 @@ QUERY_SIDE = {"query", "q_factor", *TOTALS}  # whose gradients the queries' kern
 
 
 def again(
-    known: Sequence[Hashable], tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """What `make()` gives: output and LSE of a call of these tensors, the first of them query, and all else of it."""
-    out, lse = repeated(_of_call(known, tensors), tensors, make)
-    return out, lse
+    known: Sequence[Hashable], tensors: Sequence[Tensor], make: Callable[[], Sequence[Tensor]]
+) -> Sequence[Tensor]:
+    """What `make()` gives, which comes of a call of these tensors, the first of them query, and all else of it."""
+    return repeated(_of_call(known, tensors), tensors, make)
 
 
 def known_way(known: Sequence[Hashable], tensors: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Any] | None:

@@ -28,12 +28,20 @@ def without_tensor(descriptor: Any) -> Description:
     return type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"}
 
 
-def with_tensor(description: Description, tensor: Tensor) -> Any:
-    """The tensor descriptor of a tensor that lies like another's, unchecked."""
+def with_tensor(description: Description, tensor: Any) -> Any:
+    """The tensor descriptor of a tensor that lies like another's, unchecked, or of its `Address`."""
     kind, fields = description
     descriptor: Any = object.__new__(kind)
     vars(descriptor).update(fields, base=tensor)
     return descriptor
+
+
+class Address(int):
+    """Where a tensor begins, in its place in a descriptor, of which a launch asks nothing else."""
+
+    def data_ptr(self) -> int:
+        """As of the tensor."""
+        return self
 
 
 def _start(tensor: Tensor) -> tuple[int, int]:
@@ -147,13 +155,10 @@ class Recorder:
         """The rooms that are nothing but addresses in kernels' arguments."""
         asked = [*results]
         for done in self.done:
-            if done.result is None and not done.takes_addresses:
+            if done.result is not None:
+                asked += [value for _, value in done.others() if isinstance(value, Tensor)]
+            elif not done.takes_addresses:
                 return []
-            for _, value in done.others():
-                if isinstance(value, Tensor) and done.result is not None:
-                    asked.append(value)
-                elif hasattr(value, "base"):  # a tensor descriptor
-                    asked.append(value.base)
         places = set(map(_start, asked))
         return [room for room, zeros in self.rooms if not zeros and room.numel() > 0 and _start(room) not in places]
 
@@ -261,7 +266,11 @@ class _Writer:
 
             return filled
         if hasattr(value, "base"):  # a tensor descriptor
-            number, like = self.number(value.base), without_tensor(value)
+            like = without_tensor(value)
+            if as_address:
+                number = self._address(value.base)
+                return lambda objects: with_tensor(like, Address(objects[number]))
+            number = self.number(value.base)
             return lambda objects: with_tensor(like, objects[number])
         if isinstance(value, (list, dict)):
             raise TypeError(f"a {type(value).__name__} in a pass, where tensors would not be found")

@@ -43,8 +43,8 @@ def distance_factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | Non
 def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tuple[Tensor, Tensor]:
     weight = weight[(None,) * max(0, 2 - weight.dim())]
     (n_q, d), n_k, heads = x_q.shape[-2:], x_k.shape[-2], weight.shape[-2]
-    batch = torch.broadcast_shapes(x_q.shape[:-2], x_k.shape[:-2])
-    q_batch = torch.broadcast_shapes(batch, weight.shape[:-2])
+    batch = _joint(x_q.shape[:-2], x_k.shape[:-2])
+    q_batch = _joint(batch, weight.shape[:-2])
     if unit is not None:
         batch = q_batch  # columns of keys depend on the weights
     exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.float32)
@@ -66,7 +66,9 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tu
     )  # fmt: skip
     q_factor = room(x_q, (*q_batch, heads, n_q, columns), dtype)
     k_factor = room(x_q, (*batch, 1, n_k, columns), dtype)
-    q, q_box = _folded(x_q, q_batch), _folded(box, q_batch)
+    q_box = _folded(box, q_batch)
+    if q_batch != batch:
+        q = _folded(x_q, q_batch)
     width = triton.next_power_of_2(columns)
     rows = max(WRITTEN // (1 if unit is None else 2) // width, 1)
     q_programs = q_factor.shape[:-2].numel() * plan.cdiv(n_q, rows)
@@ -78,6 +80,11 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tu
         D=d, COLUMNS=columns, WIDTH=width, ROWS=rows, BOXES=sides * shares, HALVES=HALVES, Q_LOW=Q_LOW, K_LOW=K_LOW,
     )  # fmt: skip
     return q_factor, k_factor
+
+
+def _joint(a: torch.Size, b: torch.Size) -> torch.Size:
+    """The shape to which both broadcast; torch's own search takes the host as long as a launch."""
+    return a if a == b else torch.broadcast_shapes(a, b)
 
 
 def _folded(x: Tensor, batch: Sequence[int]) -> Tensor:

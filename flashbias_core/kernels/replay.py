@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import geometry
 from .passes import Done, Making, Pass, Recorder
 
 PASSES = 2048  # at most, each of a few kilobytes
@@ -60,8 +59,9 @@ def repeated(
 def known_pass(key: Hashable, inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
     """How `repeated` makes a pass again, from inputs that lie as these do, each at a place of its own; None if it does
     not."""
-    known = None if _shared(inputs) else _passes.get(_key(key, inputs))
-    return None if known is None else partial(_again, known)
+    known = _passes.get(_key(key, inputs))
+    places = [lie[-1] for lie in _lies(inputs) if lie is not None]
+    return None if known is None or len(set(places)) < len(places) else partial(_again, known)
 
 
 def _again(known: Pass, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -74,8 +74,21 @@ def _again(known: Pass, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
 
 def _key(key: Hashable, inputs: Sequence[Tensor | None]) -> Hashable:
     assert inputs[0] is not None
-    lies = [None if tensor is None else geometry(tensor) for tensor in inputs]
-    return key, inputs[0].device, _shared(inputs), *lies
+    return key, inputs[0].device, *_lies(inputs)
+
+
+def _lies(inputs: Sequence[Tensor | None]) -> list[tuple[Any, ...] | None]:
+    """How inputs lie in memory (`geometry.py`), and the number of the first that begins where each does."""
+    lies: list[tuple[Any, ...] | None] = []
+    firsts: dict[int, int] = {}
+    for number, tensor in enumerate(inputs):
+        if tensor is None:
+            lies.append(None)
+        else:
+            place = tensor.data_ptr()
+            first = firsts.setdefault(place, number)
+            lies.append((tensor.shape, tensor.stride(), tensor.dtype, place % 16, first))
+    return lies
 
 
 def _place(inputs: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
@@ -118,13 +131,6 @@ def noted_by(new: Recorder) -> Iterator[None]:
         yield
     finally:
         _thread.recorder = before
-
-
-def _shared(inputs: Sequence[Tensor | None]) -> tuple[int, ...] | None:
-    """For each input the first that begins where it does; None where all begin at places of their own."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-    given = [address for address in addresses if address]
-    return None if len(set(given)) == len(given) else tuple(map(addresses.index, addresses))
 
 
 def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, zeros: bool = False) -> Tensor:

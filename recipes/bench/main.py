@@ -70,7 +70,7 @@ def run(request: Request) -> int:
     groups = plan(request, device, sizes)
     warm = request.warm
     if warm is None:
-        warm = min(8, (os.cpu_count() or 1) // 4) if device.startswith("cuda") and not request.lengths else 0
+        warm = min(8, max((os.cpu_count() or 1) // 8, 1)) if device.startswith("cuda") and not request.lengths else 0
     out = request.out or RESULTS / machine.folder_name(device)
     stem = "bench" + ("_small" if sizes == "small" else "") + ("_sweep" if request.lengths else "")
     rows: list[Row] = []

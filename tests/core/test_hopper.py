@@ -7,6 +7,7 @@ leave to them in part.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from cases import BROADCASTS, LAYOUTS, Case, build, check, ids, pairwise, run
 
 from flashbias import DenseBias, biased_attention, plan, reference
-from flashbias.kernels import ahead
+from flashbias.kernels import ahead, call
 from flashbias.tiles import Tiles, triton_version
 
 
@@ -208,6 +209,26 @@ def test_every_call_gives_the_same(n_q: int, n_k: int, layout: str, device: str)
     first = once()
     for _ in range(300):
         assert all(map(torch.equal, once(), first))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("bias", ["distance", "factored", "factored_fp32", "alibi", "dense"])
+def test_passes_that_are_made_again_give_the_same_bits(bias: str, device: str, served: Served) -> None:
+    case = Case(bias, dtype=torch.bfloat16, n_q=300, n_k=333, c=32, rank=16, scale=0.125, broadcast="batch")
+    inputs = [build(replace(case, seed=seed), device) for seed in (0, 1)]
+
+    def attend(number: int) -> torch.Tensor:
+        leaves = inputs[number].leaves
+        given = (leaves[name] for name in ("query", "key", "value"))
+        return biased_attention(*given, inputs[number].make_bias(leaves), scale=case.scale)
+
+    anew = attend(1)
+    call.forget()
+    for number in (0, 1, 0, 1):
+        out = attend(number)
+    assert torch.equal(out, anew)
+    assert len(served) == 2
 
 
 @pytest.mark.gpu

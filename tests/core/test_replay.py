@@ -18,6 +18,7 @@ from torch import Tensor
 from flashbias import ALiBi, DenseBias, KeyPadding, SpatialDistance, biased_attention, reference
 from flashbias.errors import DeviceError, ShapeError
 from flashbias.kernels import call, replay
+from flashbias.kernels.passes import Address
 from flashbias.kernels.terms import Block
 from flashbias.terms import Linear, Problem
 
@@ -302,6 +303,38 @@ def test_inputs_rooms_and_blocks_are_exchanged(by_address: bool) -> None:
     assert isinstance(seen[1], Block)
     assert seen[1].stride == seen[0].stride
     assert torch.equal(first, 2 * torch.arange(3.0))
+
+
+class Descriptor:
+    """As a tensor descriptor: a launch asks its tensor for the address alone."""
+
+    def __init__(self, base: Any, rows: int) -> None:
+        self.base, self.rows = base, rows
+
+    def tensor(self) -> Tensor:
+        return self.base if isinstance(self.base, Tensor) else tensor_at(self.base.data_ptr(), (self.rows,))
+
+
+def test_descriptors_have_tensors_or_their_addresses(by_address: bool) -> None:
+    def copy(read: Descriptor, write: Descriptor) -> None:
+        seen.append(write)
+        write.tensor().copy_(read.tensor() + 1)
+
+    def twice(x: Tensor) -> list[Tensor]:
+        between, out = replay.room(x, x.shape), replay.room(x, x.shape)
+        for arguments in ([Descriptor(x, 3), Descriptor(between, 3)], [Descriptor(between, 3), Descriptor(out, 3)]):
+            copy(*arguments)
+            replay.note(copy, arguments, takes_addresses=by_address)
+        return [out]
+
+    seen: list[Descriptor] = []
+    for x in (torch.arange(3.0), torch.arange(3.0, 6.0)):
+        (out,) = replay.repeated("pass", [x], lambda x=x: twice(x))
+        assert torch.equal(out, x + 2)
+    assert passes() == [True]
+    (made,) = replay._passes.values()
+    assert (len(made.rooms), len(made.shares)) == ((1, 2) if by_address else (2, 1))
+    assert [type(descriptor.base) for descriptor in seen] == [Tensor] * 2 + [Address if by_address else Tensor] * 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 LOADER = 24  # registers of a warp that loads
+ROOM = 248  # registers of a thread
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Tiles:
 
     columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
     badly over many warps: 64 columns can need fewer registers than 16.
-    registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or 0.
+    registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or ROOM,
+    where triton 3.9 would take so few for that that it spills some; or 0.
     teams: of warps, each with a tile of queries of its own, or of a row of the batch, beside one warp that loads
     (kernels/teams.py); or 0. Then `registers` are those of a thread on the average.
     """
@@ -42,8 +44,8 @@ class Tiles:
             # Registers go from the four warps around the one that loads to the teams, in steps of eight.
             spare = self.registers * 4 * (self.teams + 1) - LOADER * 4
             options |= {"TEAMS": self.teams, "REGISTERS": spare // (4 * self.teams) // 8 * 8, "STAGES": self.num_stages}
-        # Without teams another version of the compiler, which needs more, would spill them.
-        capped = self.registers and (self.teams or triton_version() == (3, 6))
+        # Without teams versions of the compiler but 3.6 need more, and would spill them; 3.6 needs no ROOM.
+        capped = self.registers and (self.teams or (self.registers == ROOM) != (triton_version() == (3, 6)))
         return options | {"maxnreg": self.registers} if capped else options
 
 
@@ -132,7 +134,7 @@ TILES = {
         "forward rank":    "32x32/8/1     16x32/8/1     16x16/4/1     16x16/4/1",
         "forward table":   "16x16/4/1     16x16/8/1     16x16/8/1     16x16/8/1",
         "queries":         "32x16/2/1/32  32x16/4/1/64  16x32/4/1/64  16x16/8/1/64",
-        "queries rank":    "16x16/4/1/64  16x16/8/1/64  16x16/4/1/64  16x16/4/1/64",
+        "queries rank":    "16x16/4/1/64  16x16/8/1/64  16x16/4/1/64  16x16/8/1/64",
         "queries factors": "32x16/2/1/32  16x32/4/1/64  16x32/8/1/64  16x16/8/1/64",
         "queries table":   "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64  16x16/8/1/64",
         "keys":            "16x32/2/1/32  16x32/4/1/64  16x32/4/1/64  16x16/8/1/64",
@@ -140,19 +142,21 @@ TILES = {
         "keys table":      "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64  16x16/8/1/64",
         "values":          "32x32/4/1     32x32/8/1     32x32/4/1     32x32/4/1",
         "values table":    "16x16/4/1     16x16/8/1     16x16/8/1     16x16/8/1",
-        "double forward":         "32x16/4/1     16x32/4/1     16x16/8/1     16x16/8/1",
-        "double forward rank":    "16x16/4/1     16x16/4/1     16x16/4/1     16x16/8/1",
+        "double forward":         "32x16/4/1     16x32/4/1     16x16/8/1     16x16/8/1/16/248",
+        "double forward rank":    "16x16/4/1     16x16/4/1     16x16/4/1     16x16/8/1/16/248",
         "double forward factors": "32x16/4/1     16x32/8/1     16x16/8/1     16x16/8/1",
         "double forward table":   "16x16/8/1     16x16/8/1     16x16/8/1     16x16/8/1",
-        "double queries":         "32x16/4/1     16x32/4/1     16x16/8/1/64  16x16/8/1/64",
+        "double queries":         "32x16/4/1     16x32/4/1     16x16/8/1/64  16x16/4/1/64",
         "double queries rank":    "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64  16x16/8/1/64",
         "double queries factors": "16x16/4/1/64  16x16/4/1/64  16x16/8/1/64  16x16/8/1/64",
-        "double queries table":   "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64  16x16/8/1/64",
-        "double keys":            "16x16/4/1     16x32/4/1     16x16/4/1/64  16x16/8/1/64",
-        "double keys rank":       "16x16/8/1/64  16x32/8/1/64  16x16/8/1/64  16x16/8/1/64",
-        "double keys table":      "16x16/8/2     16x16/8/2     16x16/8/2     16x16/8/2",
+        "double queries table":   "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
+        "double keys":            "16x16/4/1     16x32/4/1     16x16/4/1/64/248  16x16/8/1/64",
+        "double keys positions":  "16x16/4/1     16x32/4/1     16x16/8/1/64/248  16x16/8/1/64",
+        "double keys slopes":     "16x16/4/1     16x32/4/1     16x16/8/1/64/248  16x16/8/1/64",
+        "double keys rank":       "16x16/8/1/64  16x32/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
+        "double keys table":      "16x16/8/2     16x16/8/2     16x16/8/2/16/240  16x16/8/2",
         "double keys factors":    "16x16/4/1/64  16x16/4/1/64  16x16/8/1/64  16x16/8/1/64",
-        "double values":          "16x16/4/1     16x16/4/1     16x16/4/1     16x16/4/1",
+        "double values":          "16x16/4/1     16x16/4/1     16x32/4/1     16x32/4/1",
     },
     "fp32": {
         "forward":       "32x32/8/1     32x32/8/1     16x16/4/1     16x16/4/1",

@@ -52,6 +52,9 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
+    CHECKED: tl.constexpr = unit_rest is not None  # all keys, in one loop, as the queries' kernel has it
+    if CHECKED:
+        whole = 0
     begin = 0
     if IN_PARTS:
         part = tl.cdiv(tl.cdiv(end, BLOCK_N), n_splits) * BLOCK_N
@@ -76,7 +79,7 @@ def forward_kernel(
     b_out = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     to_log2 = unit * LOG2_E
 
-    for phase in tl.static_range(2):
+    for phase in tl.static_range(1 if CHECKED else 0, 2):
         first = whole if phase == 1 else begin
         last = end if phase == 1 else whole
         # A loop that is not entered would have started to load. Long rows do not feel it, and run out of registers.

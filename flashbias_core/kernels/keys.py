@@ -54,6 +54,10 @@ def keys_kernel(
         checked = tl.maximum(tl.cdiv(tl.maximum(n_first + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M, begin)
     checked = tl.where(n_first + BLOCK_N > n_keys, n_q, tl.minimum(checked, n_q))
     begin = tl.where(n_first >= n_keys, n_q, begin)
+    # All in one loop, as the queries' kernel has it.
+    CHECKED: tl.constexpr = unit_rest is not None or (low is not None and WIDTH > 128)
+    if CHECKED:
+        checked = n_q
 
     b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
     b_k_columns = b_k
@@ -65,7 +69,7 @@ def keys_kernel(
     if GRADIENT_RANK > 0:
         b_d_columns = tl.zeros([BLOCK_N, GRADIENT_RANK], tl.float32)
 
-    for phase in tl.static_range(2):
+    for phase in tl.static_range(1 if CHECKED else 2):
         for m_first in tl.range(begin if phase == 0 else checked, checked if phase == 0 else n_q, BLOCK_M):
             o_row = m_first + tl.arange(0, BLOCK_M)
             o_m = o_row[None, :]

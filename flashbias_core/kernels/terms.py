@@ -149,7 +149,8 @@ def dot_rows(
     some features at a time, fewer where gradients are wide. So are all where a product in float64 is made of SUMS.
     """
     SUMMED: tl.constexpr = SUMS and b_sum.dtype == tl.float64
-    PART: tl.constexpr = 4 if SUMMED else 16 if C > 128 else 32
+    WIDE: tl.constexpr = C > 128 or b_left.shape[1] > 128 or b_sum.dtype == tl.float64
+    PART: tl.constexpr = 4 if SUMMED else 16 if WIDE else 32
     LONG: tl.constexpr = C > 64
     if SUMMED or (LONG and b_left.dtype == tl.float32):
         for o_part in tl.range(0, C, PART, num_stages=1):

@@ -1,7 +1,7 @@
 """The kernels, compiled for every architecture of the contract: they fit its shared memory and spill no register.
 
-Not yet in the whole of the full product: but on Hopper kernels of fp32 spill up to 72 bytes at head dim 128, and up to
-96 at 256.
+Not yet in the whole of the full product: except on Hopper, kernels of fp32 spill up to 72 bytes at head dim 128, and up
+to 96 at 256.
 
 Compilers need no GPU. They do need processes without TRITON_INTERPRET, which these tests start.
 """

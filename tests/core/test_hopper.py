@@ -253,6 +253,20 @@ def test_factors_of_all_the_batch_are_multiplied_out(case: Case, device: str, se
 
 
 @pytest.mark.parametrize(
+    ("batch", "n", "rank", "wanted"),
+    [(1024, 576, 32, True), (1024, 576, 31, False), (64, 144, 32, False), (8, 1024, 32, False)],
+    ids=["many", "few columns", "few scores", "few that share it"],
+)
+def test_where_factors_are_multiplied_out(
+    batch: int, n: int, rank: int, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "has_teams", lambda device: True)
+    query = torch.empty(batch, 4, n, 32, dtype=torch.bfloat16, device="meta")
+    factor = torch.empty(1, 4, n, rank, dtype=torch.bfloat16, device="meta")
+    assert plan.expands(query, n, factor, factor) is wanted
+
+
+@pytest.mark.parametrize(
     ("c", "mask", "teams"), [(32, "causal", 1), (32, "none", 2), (64, "none", 3), (128, "none", 2)]
 )
 def test_number_of_teams(c: int, mask: str, teams: int, device: str, served: Served) -> None:

@@ -37,7 +37,8 @@ class Prepared:
         lie = [(*geometry(x), x.get_device()) for x in own]
         if self._way is None or lie != self._lie:
             self._lie = lie
-            self._way, tensors = ops.known_way((*own, self.bias, self.mask, False, self.scale, 1))
+            parts = *own, self.bias, self.mask, False, self.scale, 1  # as `biased_attention` has them without an LSE
+            self._way, tensors = ops.known_way(parts)
             self._others = tensors[len(own) :]
         return self._attend(own) if self._way is None else self._way((*own, *self._others))[0]
 

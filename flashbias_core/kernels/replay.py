@@ -59,9 +59,10 @@ def repeated(
 def known_pass(key: Hashable, inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
     """How `repeated` makes a pass again, from inputs that lie as these do, each at a place of its own; None if it does
     not."""
-    known = _passes.get(_key(key, inputs))
-    places = [lie[-1] for lie in _lies(inputs) if lie is not None]
-    return None if known is None or len(set(places)) < len(places) else partial(_again, known)
+    whole = _key(key, inputs)
+    known = _passes.get(whole)
+    apart = all(lie is None or lie[-1] == number for number, lie in enumerate(whole[2:]))
+    return partial(_again, known) if known is not None and apart else None
 
 
 def _again(known: Pass, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -72,13 +73,16 @@ def _again(known: Pass, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
         return known(inputs)
 
 
-def _key(key: Hashable, inputs: Sequence[Tensor | None]) -> Hashable:
+def _key(key: Hashable, inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
     assert inputs[0] is not None
     return key, inputs[0].device, *_lies(inputs)
 
 
 def _lies(inputs: Sequence[Tensor | None]) -> list[tuple[Any, ...] | None]:
-    """How inputs lie in memory (`geometry.py`), and the number of the first that begins where each does."""
+    """How inputs lie in memory, and the number of the first that begins where each does.
+
+    Not by `geometry`, which would ask each for its address once more: every call waits for this.
+    """
     lies: list[tuple[Any, ...] | None] = []
     firsts: dict[int, int] = {}
     for number, tensor in enumerate(inputs):

@@ -146,12 +146,10 @@ def dot_rows(
     """`sum + left @ right^T` over the C features of two blocks of rows, `[L, WIDTH]` and `[R, WIDTH]`.
 
     Long rows of fp32, which every warp holds in three parts, would not fit into the registers: they are read again,
-    some features at a time, fewer where gradients are wide or sums in float64. So are all where a product in float64
-    is made of SUMS.
+    some features at a time. So are all where a product in float64 is made of SUMS.
     """
     SUMMED: tl.constexpr = SUMS and b_sum.dtype == tl.float64
-    FEW: tl.constexpr = (C > 128 or b_left.shape[1] > 128) or b_sum.dtype == tl.float64  # so for triton 3.3
-    PART: tl.constexpr = 4 if SUMMED else 16 if FEW else 32
+    PART: tl.constexpr = 4 if SUMMED else 16
     LONG: tl.constexpr = C > 64
     if SUMMED or (LONG and b_left.dtype == tl.float32):
         for o_part in tl.range(0, C, PART, num_stages=1):

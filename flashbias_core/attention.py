@@ -87,6 +87,8 @@ def _attend(
             "a Python number",
             "pass float(scale), or multiply query by a tensor and pass scale=1.0",
         )
+    elif isinstance(scale, (int, float)):
+        scale = float(scale)  # also of NumPy, whose numbers are floats that launches do not know
     if scale < 0:
         query, scale = -query, -scale
     elif scale == 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
+
 from torch import Tensor
 
 
@@ -14,6 +17,9 @@ def abreast(query: Tensor) -> bool:
 def new_output(query: Tensor, c_v: int) -> Tensor:
     """An output `(*batch, H, N, Cv)` without content, in the dtype of the queries."""
     *batch, heads, rows, _ = query.shape
-    if abreast(query):
-        return query.new_empty((*batch, rows, heads, c_v)).transpose(-3, -2)
-    return query.new_empty((*batch, heads, rows, c_v))
+    if not abreast(query):
+        return query.new_empty((*batch, heads, rows, c_v))
+    # Not transposed: of a view, results of a function of autograd may not be changed in place.
+    sizes = c_v, heads, rows, *reversed(batch)
+    columns, head, row, *outer = accumulate(sizes[:-1], mul, initial=1)
+    return query.new_empty_strided((*batch, heads, rows, c_v), (*outer[::-1], head, row, columns))

@@ -25,9 +25,7 @@ class Prepared:
 
     def __init__(self, bias: Bias | None, mask: Mask | None, scale: float | None) -> None:
         self.bias, self.mask, self.scale = bias, mask, scale
-        self._lie: list[Any] = []
-        self._way: ops.Way | None = None
-        self._others: list[Tensor] = []
+        self._known: tuple[list[Any], ops.Way | None, list[Tensor]] = [], None, []  # one, for other threads
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Output `(*batch, H, Nq, Cv)`; arguments and errors as of `biased_attention`."""
@@ -35,12 +33,13 @@ class Prepared:
         if torch.is_grad_enabled() or not is_unheard(own) or not ops.is_plain("cuda" if query.is_cuda else "cpu"):
             return self._attend(own)
         lie = [(*geometry(x), x.get_device()) for x in own]
-        if self._way is None or lie != self._lie:
-            self._lie = lie
+        known, way, others = self._known
+        if way is None or lie != known:
             parts = *own, self.bias, self.mask, False, self.scale, 1  # as `biased_attention` has them without an LSE
-            self._way, tensors = ops.known_way(parts)
-            self._others = tensors[len(own) :]
-        return self._attend(own) if self._way is None else self._way((*own, *self._others))[0]
+            way, tensors = ops.known_way(parts)
+            others = tensors[len(own) :]
+            self._known = lie, way, others
+        return self._attend(own) if way is None else way((*own, *others))[0]
 
     def _attend(self, own: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         out = biased_attention(*own, self.bias, mask=self.mask, scale=self.scale)

@@ -50,7 +50,7 @@ class ALiBi(Bias):
             if positions.dtype == torch.bool or positions.is_complex():
                 raise DtypeError(f"{name} of dtype {positions.dtype}", "integers or floats", f"pass {name}.int()")
         self.slopes = slopes
-        self.symmetric = symmetric
+        self.symmetric = bool(symmetric)
         self.q_positions = q_positions
         self.k_positions = k_positions
 

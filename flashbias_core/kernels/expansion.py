@@ -56,6 +56,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """The product in the dtype of `a`, summed over what a shape has not."""
-    product = a @ b.to(a.dtype)
+    """The product in the dtype of `a`, also inside autocast, summed over what a shape has not."""
+    with torch.autocast(a.device.type, enabled=False):
+        product = a @ b.to(a.dtype)
     return product if shape is None else product.sum_to_size(shape)

@@ -23,7 +23,7 @@ from .forward import combine_kernel, forward_kernel
 from .keys import keys_kernel
 from .layout import reduce_to
 from .queries import queries_kernel
-from .replay import contiguous, known_pass, reduced, repeated, room, room_by
+from .replay import contiguous, done, known_pass, reduced, repeated, room, room_by
 from .terms import Block
 
 DELTA_ROWS = 32
@@ -393,7 +393,11 @@ def _slices(side: GradientColumns | None) -> list[tuple[int, int]]:
 
 
 def _block(side: GradientColumns | None, start: int, stop: int, call: Call) -> Block | None:
-    return None if side is None else call.frame.layout.block(side.columns[..., start:stop])
+    if side is None:
+        return None
+    number = side.columns.shape[-1]
+    columns = side.columns if stop - start == number else done(Tensor.narrow, side.columns, -1, start, stop - start)
+    return call.frame.layout.block(columns)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

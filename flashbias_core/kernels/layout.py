@@ -17,6 +17,8 @@ from .geometry import Geometry, geometry
 from .replay import contiguous, done, reduced
 from .terms import Block
 
+TILE_ROWS = 128  # at most
+
 
 class Axes(NamedTuple):
     """Which dimensions a tensor has behind those of the batch."""
@@ -94,7 +96,8 @@ class Layout:
             for part in (dims[: self.split], dims[self.split :])
         )
         rest = iter(steps[len(self.batch) :])
-        return outer, inner, next(rest) if axes.head else 0, next(rest) if axes.row else 0
+        head, row = next(rest) if axes.head else 0, next(rest) if axes.row else 0
+        return None if _are_far_apart(row, known, axes) else (outer, inner, head, row)
 
     def block(self, tensor: Tensor, axes: Axes = Axes()) -> Block:  # noqa: B008 - it cannot be changed
         """The block of a tensor, copied where it has to be."""
@@ -119,6 +122,15 @@ class Layout:
         before = self.batch[: self.split] if outer == self.outer else (1,) * self.split
         behind = self.batch[self.split :] if inner == self.inner else (1,) * (len(self.batch) - self.split)
         return *before, *behind, heads
+
+
+def _are_far_apart(step: int, known: Geometry, axes: Axes) -> bool:
+    """Whether rows, which could be closer, are too many elements apart for kernels, which count in 32 bits within a
+    tile and within a vector."""
+    if not axes.row:
+        return False
+    rows, least = (TILE_ROWS, known.shape[-1]) if axes.column else (known.shape[-1], 1)
+    return step > least and step * rows >= 2**31
 
 
 def _expanded(tensor: Tensor, batch: tuple[int, ...], trailing: int) -> Tensor:

@@ -49,6 +49,10 @@ def _start(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.element_size()
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _like(room: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
     return room if room.shape == shape and room.stride() == stride else room.as_strided(shape, stride)
 
@@ -211,6 +215,8 @@ class _Writer:
         if result is not None and _start(result) not in self._tensors:
             self._tensors[_start(result)] = result, self._keep(step, result)
         else:
+            if result is not None and _start(result) not in map(_start, filter(_is_tensor, arguments)):
+                raise KeyError("a part of one tensor that begins where another does, which is chance")
             self.steps.append((step, False))
 
     def _keep(self, step: Make, made: Any) -> int:
@@ -265,7 +271,7 @@ class _Writer:
                 return tuple.__new__(kind, values)
 
             return filled
-        if hasattr(value, "base"):  # a tensor descriptor
+        if hasattr(value, "block_shape"):  # a tensor descriptor
             like = without_tensor(value)
             if as_address:
                 number = self._address(value.base)

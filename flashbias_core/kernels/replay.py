@@ -22,6 +22,8 @@ PASSES = 2048  # at most, each of a few kilobytes
 HERE = nullcontext()
 _passes: dict[Hashable, Pass | None] = {}
 _thread = threading.local()
+_filling = threading.Lock()
+_unfilled_passes: list[bool] = []  # under way, in any thread: what torch's setting was before each
 
 
 def repeated(
@@ -113,13 +115,17 @@ def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
     """Under its deterministic switch torch fills new memory, which costs up to half of a backward pass. Kernels fill
     all of what they are given."""
     settings: Any = torch.utils.deterministic
-    before = settings.fill_uninitialized_memory
-    settings.fill_uninitialized_memory = False
+    with _filling:
+        _unfilled_passes.append(settings.fill_uninitialized_memory)
+        settings.fill_uninitialized_memory = False
     try:
         with place:
             yield
     finally:
-        settings.fill_uninitialized_memory = before
+        with _filling:
+            # Only the first found the user's setting, and only the last may restore it.
+            settings.fill_uninitialized_memory = _unfilled_passes[0] if len(_unfilled_passes) == 1 else False
+            _unfilled_passes.pop()
 
 
 def recorder() -> Recorder | None:

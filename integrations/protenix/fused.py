@@ -61,8 +61,9 @@ def normalised(norm: Any, x: Tensor) -> Tensor:
         from flashbias.kernels.norm import MAX_CHANNELS, layer_norm
 
         weight, bias = norm.weight, norm.bias
-        # Of other dtypes torch refuses weights.
-        known = all(w is None or (_is_plain(w) and w.dtype in (x.dtype, torch.float32)) for w in (weight, bias))
+        # Of other dtypes, or on other devices, torch refuses weights.
+        dtypes = x.dtype, torch.float32
+        known = all(w is None or (_is_plain(w) and w.dtype in dtypes and w.device == x.device) for w in (weight, bias))
         if known and x.shape[-1] <= MAX_CHANNELS:
             return layer_norm(x, weight, bias, norm.eps)
     out: Tensor = norm(x)

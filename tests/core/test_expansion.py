@@ -56,6 +56,17 @@ def test_output_and_gradients(case: Case, device: str) -> None:
     check(case, device)
 
 
+def test_gradients_of_factors_inside_autocast(device: str) -> None:
+    """As outside: sums over the batch would be rounded to half precision."""
+    leaves = [torch.randn(1, 2, n, 5, device=device).half().requires_grad_() for n in (9, 13)]
+    query, key, value = (torch.randn(3, 2, n, 16, device=device).half() for n in (9, 13, 13))
+    out = biased_attention(query, key, value, FactoredBias(*leaves)).float().sum() * 1e-3
+    wanted = torch.autograd.grad(out, leaves, retain_graph=True)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        for gradient, truth in zip(torch.autograd.grad(out, leaves), wanted, strict=True):
+            assert torch.equal(gradient, truth)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [False, True], ids=["heads", "shared by heads"])
 def test_calls_without_gradients_are_passes_as_a_whole(shared: bool, device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -270,6 +271,20 @@ def test_lse_joins_two_halves_of_the_keys(place: str) -> None:
 def test_any_scale(scale: float, place: str) -> None:
     leaves = qkv(7, 9, place) | {"values": torch.randn(2, 7, 9, device=place)}
     compare(lambda attend, t: attend(t["query"], t["key"], t["value"], DenseBias(t["values"]), scale=scale), leaves)
+
+
+@pytest.mark.parametrize("bias", ["none", "distance", "alibi"])
+def test_numbers_of_numpy(bias: str, place: str) -> None:
+    """A scale and a flag may be those, which are not quite Python's."""
+    t = [torch.randn(2, 3, 9, 16, device=place).half() for _ in range(3)]
+    x, slopes, weight = (torch.rand(shape, device=place) for shape in ((9, 3), (3,), (3, 9)))
+
+    def attend(scale: Any, symmetric: Any) -> Any:
+        biases = {"distance": SpatialDistance(x, x, weight), "alibi": ALiBi(slopes, symmetric=symmetric)}
+        return biased_attention(*t, biases.get(bias), scale=scale)
+
+    with torch.no_grad():
+        assert torch.equal(attend(np.float64(0.3), np.bool_(True)), attend(0.3, True))
 
 
 def test_scale_0_is_not_the_default(place: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashbias import ALiBi, Causal, DenseBias, biased_attention
+from flashbias import ALiBi, Causal, DenseBias, biased_attention, ops
 from flashbias.errors import ShapeError
 from flashbias.kernels import replay
 from flashbias.prepared import Prepared
@@ -89,6 +89,27 @@ def test_what_lies_otherwise_is_looked_at_anew(device: str) -> None:
             assert torch.equal(out, biased_attention(*own, prepared.bias, mask=Causal()))
         with pytest.raises(ShapeError):
             prepared(query, key[..., :8], value)
+
+
+def test_a_call_while_another_looks_for_its_way_finds_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another thread."""
+    prepared, find = Prepared(ALiBi(draw(device, HEADS)), Causal(), None), ops.known_way
+    short, long = inputs(device, 8), inputs(device, 24)
+    between: list[Tensor] = []
+
+    def interrupted(parts: Any) -> Any:
+        way = find(parts)
+        monkeypatch.setattr(ops, "known_way", find)
+        between.append(prepared(*short))
+        return way
+
+    with torch.no_grad():
+        for own in (short, long) * 3:
+            prepared(*own)
+        monkeypatch.setattr(ops, "known_way", interrupted)
+        out = prepared(*short)
+        assert torch.equal(between[0], out)
+        assert torch.equal(out, biased_attention(*short, prepared.bias, mask=Causal()))
 
 
 def test_gradients_autocast_and_modes_are_kept(device: str) -> None:

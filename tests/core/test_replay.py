@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from cases import Case, build
 from standins import tensor_at, with_tensors
 from torch import Tensor
 
-from flashbias import ALiBi, DenseBias, KeyPadding, SpatialDistance, biased_attention, reference
+from flashbias import ALiBi, DenseBias, FactoredBias, KeyPadding, SpatialDistance, biased_attention, reference
 from flashbias.errors import DeviceError, ShapeError
 from flashbias.kernels import call, replay
 from flashbias.kernels.passes import Address
@@ -87,9 +88,27 @@ def test_factors_that_are_inputs_now_may_be_others_later(name: str, device: str)
             assert torch.equal(result, truth)
 
 
+def test_a_part_of_an_input_that_begins_where_another_does(device: str) -> None:
+    """Columns of a factor that kernels take by themselves are also the keys; next time they are not."""
+    wide, others = (torch.randn(2, 20, 128, device=device).half() for _ in range(2))
+    q_factor = torch.randn(2, 20, 128, device=device).half().requires_grad_()
+    query, value = (torch.randn(2, 20, 64, device=device).half() for _ in range(2))
+
+    def gradient(key: Tensor) -> Tensor:
+        out = biased_attention(query, key, value, FactoredBias(q_factor, wide), scale=0.125)
+        (made,) = torch.autograd.grad(out.float().square().sum(), q_factor)
+        return made
+
+    wanted = gradient(others[..., 64:])
+    call.forget()
+    gradient(wide[..., 64:])
+    assert torch.equal(gradient(others[..., 64:]), wanted)
+
+
 CASES = [
     Case("factored+alibi", "causal", rank=5),
     Case("factored", "none", rank=16, dtype=torch.float16, broadcast="missing"),
+    Case("factored", "none", rank=100, dtype=torch.float16),
     Case("factored_fp32", "lengths", rank=5, dtype=torch.float16, heads=4, kv_heads=2),
     Case("distance", "segments", layout="expanded"),
     Case("dense_row", "allowed", broadcast="heads", layout="transposed"),
@@ -309,7 +328,7 @@ class Descriptor:
     """As a tensor descriptor: a launch asks its tensor for the address alone."""
 
     def __init__(self, base: Any, rows: int) -> None:
-        self.base, self.rows = base, rows
+        self.base, self.rows, self.block_shape = base, rows, [rows]
 
     def tensor(self) -> Tensor:
         return self.base if isinstance(self.base, Tensor) else tensor_at(self.base.data_ptr(), (self.rows,))
@@ -346,8 +365,9 @@ def test_descriptors_have_tensors_or_their_addresses(by_address: bool) -> None:
         (lambda x: replay.done(torch.add, x[:2].view(2, 1), replay.done(torch.clone, x)), True),
         (lambda x: replay.done(torch.clone, x[1:]), False),
         (lambda x: replay.done(Tensor.contiguous, x), True),
+        (lambda x: replay.done(torch.clone, replay.done(Tensor.narrow, x, 0, 1, 2)), True),
     ],
-    ids=["copy", "copy that is done", "of a part", "of a copy", "of another part", "nothing"],
+    ids=["copy", "copy that is done", "of a part", "of a copy", "of another part", "nothing", "of a part that is done"],
 )
 def test_what_torch_makes_is_known_where_it_is_done(
     read: Callable[[Tensor], Tensor], known: bool, by_address: bool
@@ -391,6 +411,19 @@ def test_a_pass_inside_of_another_is_a_part_of_it(by_address: bool) -> None:
         (result,) = replay.repeated("outer", [x], make)
         assert torch.equal(result, 4 * x)
     assert passes() == [True]
+
+
+def test_passes_beside_each_other_leave_torchs_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: Any = torch.utils.deterministic
+    for value in (True, False):
+        monkeypatch.setattr(settings, "fill_uninitialized_memory", value)
+        first, second = (replay._unfilled(nullcontext()) for _ in range(2))
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not settings.fill_uninitialized_memory
+        second.__exit__(None, None, None)
+        assert settings.fill_uninitialized_memory == value
 
 
 def test_a_pass_without_launches_and_one_that_fails(device: str) -> None:

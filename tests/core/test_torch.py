@@ -312,6 +312,20 @@ def test_backward_outside_of_autocast_is_the_same_as_inside(place: str) -> None:
         assert_equal(run(attend, tensors), outside, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("abreast", [False, True])
+def test_results_may_be_changed_in_place(abreast: bool, place: str) -> None:
+    """As torch's, in a first call and in others, also where they lie as queries that are a projection's."""
+    shape = (2, 7, 3, 16) if abreast else (2, 3, 7, 16)
+    query, key, value = (torch.randn(shape, device=place, requires_grad=True) for _ in range(3))
+    for _ in range(3):
+        out = biased_attention(*(x.transpose(1, 2) if abreast else x for x in (query, key, value)))
+        before = out.detach().clone()
+        out.mul_(2)
+        assert torch.equal(out, 2 * before)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # backward would read it
+            out.sum().backward()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(("bias", "mask"), [("sum", "joined"), ("distance", "lengths")])
 def test_checkpointing(bias: str, mask: str, use_reentrant: bool, place: str) -> None:
@@ -503,6 +517,26 @@ def test_offsets_past_2_to_the_31(bias: str, n_q: int, n_k: int, device: str) ->
             results.append(torch.autograd.grad(out, values, cotangent)[0][-3:].clone())
             del out
         assert_equal(results[:1], results[1:], rtol=1e-2, atol=1e-3)
+
+
+def test_rows_far_apart(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tile kernels count in 32 bits."""
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+    n, row = 40, 2**26
+    space = torch.empty(n * row, dtype=torch.float16, device=device)  # of which the host touches little
+
+    def apart(near: Tensor) -> Tensor:
+        return space.view(near.dtype).as_strided(near.shape, (0, 16, row * 2 // near.itemsize, 1)).copy_(near)
+
+    query, key, value = (torch.randn(1, 2, n, 16, device=device).half() for _ in range(3))
+    q_positions, k_positions = torch.randint(n, (2, n), device=device)
+    wanted = biased_attention(query, key, value, ALiBi(slopes := torch.rand(2, device=device)))
+    made = biased_attention(apart(query), key, value, ALiBi(slopes))
+    assert torch.equal(made, wanted)
+    wanted = biased_attention(query, key, value, ALiBi(slopes, q_positions=q_positions, k_positions=k_positions))
+    far = space.view(torch.int64).as_strided((n,), (row // 4,), 1).copy_(q_positions)
+    made = biased_attention(query, key, value, ALiBi(slopes, q_positions=far, k_positions=k_positions))
+    assert torch.equal(made, wanted)
 
 
 @pytest.mark.gpu

@@ -76,7 +76,7 @@ def _attend(
     kind = query.device.type
     if kind in AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (x.to(dtype) if x.dtype in DTYPES else x for x in (query, key, value))
     _check_dtypes(query, key, value)
     query, key, value = _check_shapes(query, key, value)
     if scale is None:
@@ -87,8 +87,7 @@ def _attend(
             "a Python number",
             "pass float(scale), or multiply query by a tensor and pass scale=1.0",
         )
-    elif isinstance(scale, (int, float)):
-        scale = float(scale)  # also of NumPy, whose numbers are floats that launches do not know
+    scale = float(scale)  # also of NumPy's numbers, which launches do not know
     if scale < 0:
         query, scale = -query, -scale
     elif scale == 0:
@@ -101,7 +100,7 @@ def _attend(
     operands = gather(bias, masks, query.shape[:-3], query.shape[-3], query, key, scale)
     inputs = (query, key, value, *operands.in_order())
     _refuse_tangents(inputs)
-    return ops.attend(*inputs, float(scale))
+    return ops.attend(*inputs, scale)
 
 
 def flash_bias_func(
@@ -141,6 +140,11 @@ def flash_bias_func(
     if q_bias is not None and k_bias is not None:
         check_tensor("q_bias", q_bias)
         check_tensor("k_bias", k_bias)
+        for name, factor in (("q_bias", q_bias), ("k_bias", k_bias)):
+            if factor.dim() < 3:
+                raise ShapeError(
+                    f"{name} of shape {tuple(factor.shape)}", "(B or 1, N, H or 1, R)", "add the dimensions"
+                )
         bias = FactoredBias(q_bias.transpose(-3, -2), k_bias.transpose(-3, -2))
     if mask is not None:
         check_tensor("mask", mask)

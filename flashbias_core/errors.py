@@ -8,7 +8,7 @@ class FlashBiasError(Exception):
     """
 
     def __init__(self, found: str, wanted: str, remedy: str) -> None:
-        super().__init__(found, wanted, remedy)
+        # Without `super().__init__`, which torch's compiler cannot trace: `args` are those of `__new__`.
         self.found, self.wanted, self.remedy = found, wanted, remedy
 
     def __str__(self) -> str:

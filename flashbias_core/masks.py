@@ -45,6 +45,9 @@ class Both(Mask):
         return allowed
 
 
+FAR = 2**30  # offsets farther from 0 count as this: kernels add lengths to them in 32 bits
+
+
 class Causal(Mask):
     """Query i attends to keys `j <= i + offset`.
 
@@ -63,7 +66,7 @@ class Causal(Mask):
             raise DtypeError(
                 f"offset of type {type(offset).__name__}", "an integer, a tensor or None", "pass an integer"
             )
-        self.offset = offset
+        self.offset = max(-FAR, min(offset, FAR)) if isinstance(offset, int) else offset
 
     def dense(self, n_q: int, n_k: int, *, device: torch.device | str | None = None) -> Tensor:
         offset = n_k - n_q if self.offset is None else self.offset

@@ -143,14 +143,14 @@ def _add_mask(operands: Operands, mask: Mask, problem: Problem) -> None:
 
 def _smaller(a: int | Tensor, b: int | Tensor) -> int | Tensor:
     if isinstance(a, Tensor):
-        return a.clamp(max=b)
-    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+        return a.long().clamp(max=b)
+    return b.long().clamp(max=a) if isinstance(b, Tensor) else min(a, b)
 
 
 def _join(ids: Tensor, others: Tensor | None) -> Tensor:
     """Ids that are equal where both are, and -1 where one is."""
     if others is None:
-        return ids.int() if ids.dtype == torch.int64 else ids
+        return ids.int() if ids.dtype in (torch.int64, torch.uint8) else ids
     ids, others = ids.long(), others.long()
     return torch.where((ids == -1) | (others == -1), -1, (ids << 32) | (others & 0xFFFFFFFF))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashbias.checks import check_broadcast, check_floating, check_last, check_tensor
-from flashbias.errors import DtypeError, ShapeError
+from flashbias.errors import DtypeError, ShapeError, UnsupportedError
 from flashbias.terms import Linear, Problem, Term
 
 from .base import Bias
@@ -25,7 +25,7 @@ class ALiBi(Bias):
             (`Nk - Nq` unless it says otherwise), so that the last query stands at the last key.
 
     Raises:
-        ShapeError, DtypeError: for slopes or positions that cannot be used.
+        ShapeError, DtypeError, UnsupportedError: for slopes or positions that cannot be used.
     """
 
     def __init__(
@@ -82,4 +82,8 @@ class ALiBi(Bias):
             check_last("k_positions", self.k_positions, (problem.n_k,), "(Nk,)")
             check_broadcast("q_positions", self.q_positions, (*problem.batch, problem.n_q), "(*batch, Nq)")
             check_broadcast("k_positions", self.k_positions, (*problem.batch, problem.n_k), "(*batch, Nk)")
+            if torch.is_grad_enabled() and (self.q_positions.requires_grad or self.k_positions.requires_grad):
+                raise UnsupportedError(
+                    "positions that require a gradient", "positions that do not", "pass positions.detach()"
+                )
         return [Linear(self.slopes.float(), self.q_positions, self.k_positions, self.symmetric)]

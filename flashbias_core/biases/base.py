@@ -41,6 +41,10 @@ class Bias(ABC):
     def __add__(self, other: Bias) -> Bias:
         return Sum(self, other) if isinstance(other, Bias) else NotImplemented
 
+    def __radd__(self, other: object) -> Bias:
+        """As `sum` begins: with 0."""
+        return self if other == 0 else NotImplemented
+
 
 class Sum(Bias):
     """The sum of biases, as `a + b` makes it."""

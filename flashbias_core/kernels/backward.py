@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .terms import LOG2_E, add_product, exponential, load_rows, program
+from .terms import LOG2_E, LOWEST, add_product, exponential, load_rows, program
 
 NOT_SPECIALIZED = ["n_q", "n_k", "n_inner", "n_heads", "group", "offset", "unit"]
 PITCH = tl.constexpr(64)  # a row's statistics begin at multiples of it: no team's tile has more rows
@@ -64,7 +64,9 @@ def delta_kernel(
         b_delta -= tl.load(d_lse + i_bh * n_q + o_row, mask=o_row < n_q, other=0.0)
     o_row += i_bh * pitch(n_q)
     tl.store(delta + o_row, b_delta)
-    b_level = tl.where(b_lse == float("-inf"), float("inf"), tl.div_rn(b_lse, unit) if EXACT else b_lse * LOG2_E)
+    b_level = tl.div_rn(b_lse, unit) if EXACT else b_lse * LOG2_E
+    b_level = tl.where(b_level == float("-inf"), LOWEST, b_level)
+    b_level = tl.where(b_lse == float("-inf"), float("inf"), b_level)
     tl.store(level + o_row, b_level)
 
 

@@ -25,6 +25,7 @@ from .replay import contiguous, reduced, room
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
 NONE = -1
+LARGEST = tl.constexpr(65504.0)  # of fp16
 # An fp32 factor in halves: so many times its columns, which have low halves in these parts of queries' and keys'.
 HALVES, Q_LOW, K_LOW = 3, 2, 1
 SHARES = 32  # of the rows, among programs that look for the largest
@@ -186,7 +187,13 @@ def balance(b_q, b_k):
 
 @triton.jit
 def half(b_x, o_c, dtype: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr):
-    """High halves, but in the part numbered LOW of the columns low ones."""
+    """High halves, but in the part numbered LOW of the columns low ones.
+
+    Finite numbers that fp16 cannot hold become the largest that it can: sums of infinite halves would be NaN.
+    """
+    if dtype == tl.float16:
+        b_most = tl.where(b_x > 0.0, LARGEST, -LARGEST)
+        b_x = tl.where((tl.abs(b_x) > LARGEST) & (tl.abs(b_x) < float("inf")), b_most, b_x)
     b_high = b_x.to(dtype)
     return tl.where(o_c // RANK == LOW, (b_x - b_high.to(tl.float32)).to(dtype), b_high)
 

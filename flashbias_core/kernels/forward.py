@@ -11,6 +11,7 @@ import triton.language as tl
 from .backward import NOT_SPECIALIZED, whole_unit
 from .terms import (
     LOG2_E,
+    LOWEST,
     add_distances,
     add_matrix,
     add_scaled,
@@ -78,6 +79,7 @@ def forward_kernel(
     b_sum = tl.zeros([BLOCK_M], DTYPE)
     b_out = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     to_log2 = unit * LOG2_E
+    lowest = LOWEST / tl.maximum(to_log2, 1.0)  # finite also times to_log2
 
     for phase in tl.static_range(1 if CHECKED else 0, 2):
         first = whole if phase == 1 else begin
@@ -110,7 +112,7 @@ def forward_kernel(
                 )
 
                 b_new = tl.maximum(b_max, tl.max(b_s, 1) + ahead)
-                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if EXACT else tl.maximum(b_new, lowest)
                 # Exactly 1 while the maximum stays: anything else would be raised to the number of tiles.
                 b_rescale = exponential(b_max - b_shift, unit, EXACT)
                 b_shift -= ahead

@@ -23,6 +23,7 @@ from .hopper_backward import load, start_products
 from .teams import (
     LOADER,
     LOG2_E,
+    LOWEST,
     PITCH,
     WARPS,
     barriers,
@@ -106,7 +107,8 @@ def statistics_of(
     if D_LSE:
         b_delta -= gl.load(d_lse + i_bh * n_q + m_first + o_row, mask=m_first + o_row < n_q, other=0.0)
     b_lse = gl.load(lse + i_bh * n_q + m_first + o_row, mask=m_first + o_row < n_q, other=float("-inf"))
-    return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E), b_delta
+    b_level = gl.where(b_lse * LOG2_E == float("-inf"), LOWEST, b_lse * LOG2_E)
+    return gl.where(b_lse == float("-inf"), float("inf"), b_level), b_delta
 
 
 @gluon.jit

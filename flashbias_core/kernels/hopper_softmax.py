@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from .teams import WARPS, floats, in_parts, matrix, room_of
+from .teams import LOWEST, WARPS, floats, in_parts, matrix, room_of
 
 
 @gluon.jit
@@ -54,7 +54,7 @@ def softmax(
     b_new = gl.maximum(b_max, gl.max(b_s, 1) + ahead if SLOPES else gl.max(b_s, 1))
     b_shift = b_new
     if CHECK or DENSE:
-        b_shift = gl.where(b_new == float("-inf"), 0.0, b_new)
+        b_shift = gl.maximum(b_new, LOWEST / gl.maximum(to_log2, 1.0))  # finite also times to_log2
     b_rescale = gl.exp2((b_max - b_shift) * to_log2)
     if SLOPES:
         b_shift -= ahead

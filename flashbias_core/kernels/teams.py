@@ -23,7 +23,7 @@ from . import ahead, backward, compiled, terms
 from .call import Call
 
 WARPS = gl.constexpr(4)  # of a team: as many as form one product together
-LOG2_E = gl.constexpr(terms.LOG2_E.value)
+LOG2_E, LOWEST = gl.constexpr(terms.LOG2_E.value), gl.constexpr(terms.LOWEST.value)
 LOADER = gl.constexpr(LOADER_REGISTERS)
 PITCH = gl.constexpr(backward.PITCH.value)
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name up to triton 3.6

@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from flashbias.masks import FAR
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # what fp32 leaves of it
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e38)
+FARTHEST = tl.constexpr(FAR)
 # Tiles of queries divide it. What is near a table's distances is the same for all queries of a band.
 BAND = tl.constexpr(128)
 
@@ -234,7 +238,8 @@ def load_vector(x, i_o, i_i, o_row, n_rows, other):
 def first_key_beyond(masks, i_o, i_i, n_k):
     """The number of keys that may be read."""
     if masks.lengths is not None:
-        n_k = tl.minimum(load_item(masks.lengths, i_o, i_i, 0).to(tl.int32), n_k)
+        length = load_item(masks.lengths, i_o, i_i, 0).to(tl.int64)
+        n_k = tl.maximum(tl.minimum(length, n_k), 0).to(tl.int32)
     return n_k
 
 
@@ -242,7 +247,8 @@ def first_key_beyond(masks, i_o, i_i, n_k):
 def diagonal(masks, i_o, i_i, offset):
     """The offset of the causal diagonal, and of the queries' positions."""
     if masks.offsets is not None:
-        offset = load_item(masks.offsets, i_o, i_i, 0).to(tl.int32)
+        offset = load_item(masks.offsets, i_o, i_i, 0).to(tl.int64)
+        offset = tl.maximum(tl.minimum(offset, FARTHEST), -FARTHEST).to(tl.int32)
     return offset
 
 

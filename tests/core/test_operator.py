@@ -287,6 +287,65 @@ def test_numbers_of_numpy(bias: str, place: str) -> None:
         assert torch.equal(attend(np.float64(0.3), np.bool_(True)), attend(0.3, True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_rows_and_keys_padded_with_the_least_number(scale: float, dtype: torch.dtype, place: str) -> None:
+    """As hosts do: padding on the left, which fills the first tiles, and rows that nobody reads."""
+    query, key, value = (torch.randn(1, 2, 150, 16, device=place).to(dtype).requires_grad_() for _ in range(3))
+    values = torch.zeros(150, 150, device=place)
+    values[:, :100] = torch.finfo(torch.float32).min
+    values[140:] = torch.finfo(torch.float32).min
+    out = biased_attention(query, key, value, DenseBias(values), scale=scale)
+    own = (x[..., 100:, :] for x in (key, value))
+    wanted = biased_attention(query, *own, scale=scale)
+    torch.testing.assert_close(out[..., :140, :], wanted[..., :140, :], rtol=2e-3, atol=1e-3)
+    out[..., :140, :].float().square().sum().backward()
+    for x in (query, key, value):
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+
+def test_factors_beyond_half_precision(place: str) -> None:
+    """A column that pads keys, beside queries of 16 bits."""
+    query, key, value = (torch.randn(1, 2, 20, 16, device=place).half() for _ in range(3))
+    column = torch.zeros(20, 1, device=place)
+    for least in (-1e9, -1e20, -1e30):
+        column[15:] = least
+        out = biased_attention(query, key, value, FactoredBias(torch.ones_like(column), column))
+        torch.testing.assert_close(out, biased_attention(query, key[..., :15, :], value[..., :15, :]))
+
+
+FARTHEST = [2**31 - 1, 2**40, 2**63 - 1]
+
+
+@pytest.mark.parametrize("far", FARTHEST)
+def test_offsets_and_lengths_beyond_32_bits(far: int, place: str) -> None:
+    query, key, value = (torch.randn(1, 2, 20, 16, device=place) for _ in range(3))
+    whole = biased_attention(query, key, value)
+    masks = [Causal(far), Causal(torch.tensor([far], device=place)), KeyPadding(torch.tensor([far], device=place))]
+    for mask in masks:
+        torch.testing.assert_close(biased_attention(query, key, value, mask=mask), whole)
+    for nothing in (Causal(-far), Causal(torch.tensor([-far], device=place))):
+        assert not biased_attention(query, key, value, mask=nothing).any()
+
+
+def test_small_integers(place: str) -> None:
+    query, key, value = (torch.randn(1, 2, 20, 16, device=place) for _ in range(3))
+    ids = torch.arange(20, device=place, dtype=torch.uint8) // 10 + 254
+    bytes_, whole = (biased_attention(query, key, value, mask=Segments(x, x)) for x in (ids, ids.int()))
+    assert torch.equal(bytes_, whole)
+    offset = torch.tensor([3], device=place, dtype=torch.int8)
+    joined = Causal(offset) & Causal(300)
+    assert torch.equal(
+        biased_attention(query, key, value, mask=joined), biased_attention(query, key, value, mask=Causal(3))
+    )
+
+
+def test_a_list_of_biases_is_summed() -> None:
+    slopes = ALiBi(torch.ones(2)), ALiBi(torch.full((2,), 0.5))
+    torch.testing.assert_close(sum(slopes).dense(5, 7), 1.5 * slopes[0].dense(5, 7))
+
+
 def test_scale_0_is_not_the_default(place: str) -> None:
     t = qkv(7, 9, place)
     out = biased_attention(**t, scale=0)

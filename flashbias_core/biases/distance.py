@@ -42,6 +42,9 @@ class SpatialDistance(Bias):
             useful (centred in their own dtype, then fp32). Differentiable.
         weight: broadcasts to `(*batch, H, Nq)`, either sign, in 1 / (units of x)^2. Differentiable.
 
+    Padding that stands elsewhere than the points costs them digits, unless `KeyPadding` or `Segments` says that it is
+    padding: a boolean mask does not.
+
     Raises:
         ShapeError, DtypeError: for points or weights that cannot be used.
     """
@@ -119,9 +122,15 @@ def _relative(points: Tensor, centre: Tensor, counts: Tensor | None) -> _Relativ
 
 
 def _centre(x_q: Tensor, x_k: Tensor, problem: Problem) -> Tensor:
-    """The middle of the box around the points that count, `(*batch, 1, d)`. B does not depend on it: no gradient."""
-    boxes = [_box(x_q.detach(), problem.q_counts)] if x_q.shape[-2] > 0 else []
-    if x_k.shape[-2] > 0 and (x_k is not x_q or problem.k_counts is not problem.q_counts):
+    """The middle of the box around the points that count, `(*batch, 1, d)`. B does not depend on it: no gradient.
+
+    Where a mask says which keys count, the middle of these: queries that are padding, which lengths do not name, may
+    stand anywhere, and what distances of others lose is no more than in an eager computation.
+    """
+    boxes = []
+    if x_q.shape[-2] > 0 and (problem.k_counts is None or x_k.shape[-2] == 0):
+        boxes.append(_box(x_q.detach(), problem.q_counts))
+    if x_k.shape[-2] > 0 and (x_k is not x_q or not boxes):
         boxes.append(_box(x_k.detach(), problem.k_counts))
     if not boxes:
         return x_q.new_zeros(())

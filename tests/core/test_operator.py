@@ -329,6 +329,22 @@ def test_offsets_and_lengths_beyond_32_bits(far: int, place: str) -> None:
         assert not biased_attention(query, key, value, mask=nothing).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_points_that_are_padding_stand_anywhere(dtype: torch.dtype, place: str) -> None:
+    """Queries too, which lengths do not name."""
+    leaves = {name: torch.randn(1, 2, 30, 16, device=place).to(dtype) for name in ("query", "key", "value")}
+    leaves["x"] = torch.rand(30, 3, device=place) * 2 + 1000
+    leaves["x"][20:] = 0
+    leaves["weight"] = torch.rand(2, 30, device=place)
+
+    def attend(attention: Callable[..., Any], t: dict[str, Tensor]) -> Any:
+        mask = KeyPadding(torch.tensor([20], device=place))
+        bias = SpatialDistance(t["x"], t["x"], t["weight"])
+        return tuple(made[:, :, :20] for made in attention(t["query"], t["key"], t["value"], bias, mask=mask))
+
+    compare(attend, leaves)
+
+
 def test_small_integers(place: str) -> None:
     query, key, value = (torch.randn(1, 2, 20, 16, device=place) for _ in range(3))
     ids = torch.arange(20, device=place, dtype=torch.uint8) // 10 + 254

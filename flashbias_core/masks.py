@@ -53,7 +53,8 @@ class Causal(Mask):
 
     Args:
         offset: an integer, a tensor of integers `(*batch,)`, or None for `Nk - Nq` (aligned at the bottom right).
-            With a cache of spare capacity: the number of keys that were there before the first query.
+            With a cache of spare capacity: the number of keys that were there before the first query. Beyond 2^30
+            from 0 it counts as that.
 
     Raises:
         DtypeError: for an offset of another type.

@@ -50,7 +50,7 @@ def delta_kernel(
     """`delta_i = dO_i . O_i - dLSE_i`, and the level of a row, with which `probabilities` compares scores.
 
     That is its LSE, over unit or times log2(e), but +inf where a row attends nowhere, or there is none in a tile: its
-    probabilities are 0 then.
+    probabilities are 0 then, as they are where that cannot be held in fp32.
     """
     EXACT: tl.constexpr = out.ptr.dtype.element_ty == tl.float32
     i_tile, i_bh, i_o, i_i, i_h, _ = program(pitch(n_q) // BLOCK_M, n_inner, n_heads, 1)

@@ -132,7 +132,7 @@ def _frame(
     }
     traits["BARE"] = not (causal or traits["ALLOWED"] or "q_ids" in given or traits["SLOPES"])
     strides = {name: layout.strides(known, axes) for name, (known, axes) in given.items()}
-    planes = _planes(given["values"][0]) if descriptors and "values" in given else None
+    planes = _planes(given["values"][0]) if descriptors and strides.get("values") else None
     if planes is not None:
         strides["values"] = _count_planes(strides["values"], planes[1][0])
     copied = [name for name in (*INPUTS, "q_columns", "k_columns") if name in lie]

@@ -19,7 +19,7 @@ from flashbias.masks import FAR
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # what fp32 leaves of it
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e38)
+LOWEST = tl.constexpr(-1e38)  # what stands for sums of finite scores that fp32 cannot hold: -inf would make NaN
 FARTHEST = tl.constexpr(FAR)
 # Tiles of queries divide it. What is near a table's distances is the same for all queries of a band.
 BAND = tl.constexpr(128)

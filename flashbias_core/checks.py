@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import DeviceError, DtypeError, ShapeError
+from .errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -36,9 +36,15 @@ def check_last(name: str, tensor: Tensor, sizes: Sequence[int], meaning: str) ->
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise `DtypeError` unless `value` is a tensor."""
+    """Raise `DtypeError` unless `value` is a tensor, `UnsupportedError` for a sparse or nested one."""
     if not isinstance(value, Tensor):
         raise DtypeError(f"{name} of type {type(value).__name__}", "a torch.Tensor", f"pass torch.as_tensor({name})")
+    if value.layout is not torch.strided or value.is_nested:
+        raise UnsupportedError(
+            f"{name} of layout {'nested' if value.is_nested else value.layout}",
+            "a dense tensor",
+            f"pass {name}.to_dense(), or pad what is nested and name its lengths by KeyPadding",
+        )
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

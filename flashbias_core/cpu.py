@@ -35,7 +35,7 @@ def forward(
     """
     out = new_output(query, value.shape[-1]).zero_()
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-    dtype = _dtype(query, key, value)
+    dtype = _dtype(query, key, value, operands)
     for part in parts(query, key, value, operands, scale, {"out": (out, 2), "lse": (lse, 1)}, dtype):
         for rows, n in part.blocks():
             weights = part.scores(rows, n, part.distance(rows, n))
@@ -60,13 +60,13 @@ def backward(
     scale: float,
     names: set[str],
 ) -> dict[str, Tensor]:
-    """Gradients in fp32 of the inputs of these names, in their shapes.
+    """Gradients of the inputs of these names, in their shapes, in fp32, or in float64 where the input is.
 
     The weights and the row sums of `P dP` come from the recomputed scores and not from `lse` and `out`, whose
     rounding errors the gradients of slopes and coordinates would multiply by distances. Where inputs are fp32,
     gradients that are sums over all scores, of slopes and tables, come from scores in float64 however many there are.
     """
-    dtype = _dtype(query, key, value)
+    dtype = _dtype(query, key, value, operands)
     totals = names & TOTALS if query.dtype == dtype == torch.float32 else set()
     gradients: dict[str, Tensor] = {}
     # Each by itself: a gradient does not depend on which others are wanted.
@@ -76,10 +76,12 @@ def backward(
     return gradients
 
 
-def _dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
-    """That in which a call is computed: float64 for few scores in fp32, and few keys and values, which it copies."""
+def _dtype(query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> torch.dtype:
+    """That in which a call is computed: float64 for few scores in fp32, and, unless factors are in float64 themselves,
+    few keys and values, which it copies."""
     scores, copied = query.shape[:-1].numel() * key.shape[-2], key.numel() + value.numel()
-    few = plan.is_few(max(scores, COPIED * copied))
+    needed = operands.q_factor is not None and operands.q_factor.dtype == torch.float64
+    few = plan.is_few(scores if needed else max(scores, COPIED * copied))
     return torch.float64 if few and query.dtype == torch.float32 else torch.float32
 
 
@@ -89,7 +91,8 @@ def _gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """What `backward` gives, computed in a dtype."""
     inputs = {"query": query, "key": key, "value": value, **vars(operands)}
-    gradients = {name: inputs[name].new_zeros(inputs[name].shape, dtype=torch.float32) for name in names}
+    wide = {name: torch.promote_types(inputs[name].dtype, torch.float32) for name in names}
+    gradients = {name: inputs[name].new_zeros(inputs[name].shape, dtype=wide[name]) for name in names}
     extra = {f"grad {name}": (as_matrices(name, gradient), 2) for name, gradient in gradients.items()}
     extra["grad out"] = grad_out, 2
     if grad_lse is not None:

@@ -22,7 +22,8 @@ TOTALS = {"slopes", "table"}  # of whose gradients each number is a sum over all
 class Operands:
     """The terms and masks of a call, in the order in which `ops.py` takes them. Batch and head dimensions broadcast.
 
-    q_factor, k_factor: `(*batch, H, N, R)`, fp16, bf16 or fp32; their product counts `factor_unit` times.
+    q_factor, k_factor: `(*batch, H, N, R)`, fp16, bf16 or fp32, beside queries in fp32 also float64; their product
+        counts `factor_unit` times.
     slopes: `(*batch, H)` fp32; positions `(*batch, N)`, or None for `p_j = j`, `p_i = i + offset`.
     values: `(*batch, H, Nq or 1, Nk)`. table: `(*batch, H, 2 D - 1)` fp32.
     offsets: `(*batch,)` integers in place of `offset`.
@@ -75,6 +76,7 @@ def gather(
     """
     n_q, n_k = query.shape[-2], key.shape[-2]
     problem = Problem(tuple(batch), heads, n_q, n_k, n_k - n_q, query.device)
+    problem.exact = query.dtype == torch.float32
     operands = Operands(offset=n_k - n_q)
     if mask is not None:
         for part in mask.parts():
@@ -92,7 +94,7 @@ def gather(
             problem.unit = scale
         for term in bias.terms(problem):
             _check_devices(term, problem)
-            _add_term(operands, term)
+            _add_term(operands, term, problem)
     if operands.k_factor is not None and operands.q_factor is not None:
         # What stands at positions that no row or column uses may be anything, also NaN.
         operands.q_factor = _zero_beyond(operands.q_factor, problem.q_counts)
@@ -159,9 +161,9 @@ def _zero_beyond(factor: Tensor, counts: Tensor | None) -> Tensor:
     return factor if counts is None else torch.where(counts[..., None, :, None], factor, 0.0)
 
 
-def _add_term(operands: Operands, term: Term) -> None:
+def _add_term(operands: Operands, term: Term, problem: Problem) -> None:
     if isinstance(term, Rank):
-        factors = _storage(term.q_factor), _storage(term.k_factor)
+        factors = _storage(term.q_factor, problem.exact), _storage(term.k_factor, problem.exact)
         if factors[0].dtype != factors[1].dtype:
             dtype = torch.promote_types(factors[0].dtype, factors[1].dtype)
             factors = factors[0].to(dtype), factors[1].to(dtype)
@@ -206,9 +208,10 @@ def _add_term(operands: Operands, term: Term) -> None:
         )
 
 
-def _storage(tensor: Tensor) -> Tensor:
-    """The tensor in a dtype that the kernels read."""
-    return tensor if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) else tensor.float()
+def _storage(tensor: Tensor, exact: bool = False) -> Tensor:
+    """The tensor in a dtype that the kernels read; `exact`: perhaps float64."""
+    read = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) or (exact and tensor.dtype == torch.float64)
+    return tensor if read else tensor.float()
 
 
 def _times(factor: Tensor, unit: float) -> Tensor:

@@ -86,7 +86,7 @@ def known_way(parts: tuple[Any, ...]) -> tuple[Way | None, list[Tensor]]:
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`attention`, but past torch's dispatcher where nobody listens there: it takes the host part of every call."""
     if not is_unheard(inputs[:_TENSORS]):
-        return attention(*inputs)
+        return _TransformedAttention.apply(*inputs) if _is_transformed() else attention(*inputs)
     return _Attention.apply(*inputs) if has_gradient(inputs[:_TENSORS]) else _attention(*inputs)
 
 
@@ -179,10 +179,15 @@ class _Attention(torch.autograd.Function):
             out, lse = _attention(*inputs, wanted=lambda: _names(_wanted(ctx)))
         else:
             out, lse = _below_autograd(*inputs)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *inputs[:_TENSORS])
-        ctx.others = inputs[_TENSORS:]
+        _Attention.keep(ctx, inputs, (out, lse))
         return out, lse
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the way back needs."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *inputs[:_TENSORS])
+        ctx.others = inputs[_TENSORS:]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -194,12 +199,52 @@ class _Attention(torch.autograd.Function):
         wanted = _wanted(ctx)
         # A graph of the gradients is refused by the operator.
         direct = not torch.is_grad_enabled() and is_unheard((grad_out, grad_lse, *tensors))
-        run = _gradients if direct else attention_backward
+        run = _gradients if direct else _TransformedGradients.apply if _is_transformed() else attention_backward
         gradients = run(grad_out, grad_lse, out, lse, wanted, *tensors, *ctx.others)
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for position, want, gradient in zip(DIFFERENTIABLE.values(), wanted, gradients, strict=True):
             results[position] = gradient if want else None
         return tuple(results)
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """The same for transforms of `torch.func`, which do not go through torch's dispatcher."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _below_autograd(*inputs)
+
+    setup_context = _Attention.keep
+    backward = _Attention.backward
+
+    @staticmethod
+    def vmap(*arguments: Any) -> None:
+        _refuse_vmap(*arguments)
+
+
+class _TransformedGradients(torch.autograd.Function):
+    """`attention_backward` for these transforms."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        _refuse_double_backward(ctx, *gradients)
+
+    @staticmethod
+    def vmap(*arguments: Any) -> None:
+        _refuse_vmap(*arguments)
+
+
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _wanted(ctx: Any) -> list[bool]:

@@ -18,6 +18,7 @@ class Problem:
     of every row or column, so that what stands there means nothing; None where all positions count.
     `unit`: over which factors in half precision may come, with columns as the kernels take them (`kernels/columns.py`);
     None where they may not.
+    `exact`: whether factors are taken in float64: beside queries in fp32.
     """
 
     batch: tuple[int, ...]
@@ -30,6 +31,7 @@ class Problem:
     k_ids: Tensor | None = None
     lengths: Tensor | None = None
     unit: float | None = None
+    exact: bool = False
     made: dict[str, Tensor] = field(default_factory=dict)
 
     # Found where a bias asks for them: most do not, and each would be launches in every call.

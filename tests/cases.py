@@ -289,10 +289,11 @@ def _bias(name: str, draw: _Draw) -> tuple[dict[str, Tensor], Callable[..., Bias
             options |= {"q_positions": draw.uniform(n_q) * 40, "k_positions": draw.uniform(*batch, n_k) * 40}
         slopes = 2.0 ** -(1 + 6 * draw.uniform(*batch, *(heads or (1,))))
         return {"slopes": slopes}, lambda slopes: ALiBi(slopes, **options)
-    if name == "distance":
+    if name.startswith("distance"):  # "distance_wide": points 50 times as far apart as those that interact
+        dim, side = (1, 50) if name == "distance_wide" else (3, 2)
         leaves = {
-            "x_q": 10 + 2 * draw.uniform(*batch, n_q, 3),
-            "x_k": 10 + 2 * draw.uniform(*batch, n_k, 3),
+            "x_q": 10 + side * draw.uniform(*batch, n_q, dim),
+            "x_k": 10 + side * draw.uniform(*batch, n_k, dim),
             "weight": draw.normal(*batch, *heads, n_q, dtype=torch.float32),
         }
         return leaves, SpatialDistance

@@ -9,6 +9,9 @@ softmax does not see it; it is kept because with it the returned LSE is that of 
 the row sums of dS to the coordinates' gradient, whose rounding errors would otherwise be multiplied by |r_i| where
 the exact gradient has |r_i - r_j|.
 
+Where points are spread much wider than those that matter to each other, the products are much larger than the distance
+that is left of them. Beside queries in fp32 the factors are in float64, therefore, and so are products of few scores.
+
 Each operation of torch costs an eager call a launch: there are few, and points that attend to themselves, the usual
 case, are looked at once. Without gradients of points and weights, and where every position counts, two kernels make
 the factors (`kernels/points.py`).
@@ -39,11 +42,13 @@ class SpatialDistance(Bias):
 
     Args:
         x_q, x_k: points `(*batch, Nq, d)` and `(*batch, Nk, d)`, batch dimensions broadcast; fp32 or fp64 to be
-            useful (centred in their own dtype, then fp32). Differentiable.
+            useful (centred in their own dtype; relative to the centre in float64 beside queries in fp32, else in
+            fp32). Differentiable.
         weight: broadcasts to `(*batch, H, Nq)`, either sign, in 1 / (units of x)^2. Differentiable.
 
-    Padding that stands elsewhere than the points costs them digits, unless `KeyPadding` or `Segments` says that it is
-    padding: a boolean mask does not.
+    In fp32, up to 2^23 scores, distances are as good wherever the points lie. In half precision, and among more scores,
+    near points in a wide box lose digits: by about the square of its width over theirs. There padding that stands
+    elsewhere counts as a part of the box, unless `KeyPadding` or `Segments` says that it is padding.
 
     Raises:
         ShapeError, DtypeError: for points or weights that cannot be used.
@@ -77,13 +82,14 @@ class SpatialDistance(Bias):
         if self._is_for_kernels(problem):
             from flashbias.kernels.points import distance_factors  # not everywhere is there a triton
 
-            factors = distance_factors(self.x_q, self.x_k, self.weight, problem.unit)
+            factors = distance_factors(self.x_q, self.x_k, self.weight, problem.unit, exact=problem.exact)
             return [Rank(*factors, unit=1.0 if problem.unit is None else problem.unit)]
         centre = _centre(self.x_q, self.x_k, problem)
-        queries = keys = _relative(self.x_q, centre, problem.q_counts)
+        dtype = torch.float64 if problem.exact else torch.float32
+        queries = keys = _relative(self.x_q, centre, problem.q_counts, dtype)
         if self.x_k is not self.x_q or problem.k_counts is not problem.q_counts:
-            keys = _relative(self.x_k, centre, problem.k_counts)
-        weight = self.weight.float()
+            keys = _relative(self.x_k, centre, problem.k_counts, dtype)
+        weight = self.weight.to(dtype)
         weight = weight[(None,) * max(0, 2 - weight.dim())].unsqueeze(-1)  # (..., H, Nq, 1), each of them perhaps 1
         q_factor = -weight * torch.cat((queries.points, queries.ones, queries.squares), -1)
         k_factor = torch.cat((-2 * keys.points, keys.squares, keys.ones), -1)
@@ -104,16 +110,16 @@ class SpatialDistance(Bias):
 
 
 class _Relative(NamedTuple):
-    """Coordinates `(*batch, 1, N, d)` relative to the centre in fp32, their squared lengths, and ones."""
+    """Coordinates `(*batch, 1, N, d)` relative to the centre, their squared lengths, and ones."""
 
     points: Tensor
     squares: Tensor
     ones: Tensor
 
 
-def _relative(points: Tensor, centre: Tensor, counts: Tensor | None) -> _Relative:
-    """Points relative to the centre; zero where a position does not count."""
-    relative = (points - centre).float()
+def _relative(points: Tensor, centre: Tensor, counts: Tensor | None, dtype: torch.dtype) -> _Relative:
+    """Points relative to the centre in a dtype; zero where a position does not count."""
+    relative = (points.to(torch.promote_types(centre.dtype, dtype)) - centre).to(dtype)
     if counts is not None:
         relative = torch.where(counts[..., None], relative, 0.0)
     relative = relative.unsqueeze(-3)

@@ -8,7 +8,7 @@ product when a power of two balances the columns of the two sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from flashbias import plan
 
 from .compiled import Known, kind, launch
-from .replay import contiguous, reduced, room
+from .replay import contiguous, done, reduced, room
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ENTRIES = 2048  # of a tile
@@ -42,8 +42,10 @@ class Columns:
 
 
 def score_columns(q_factor: Tensor, k_factor: Tensor, dtype: torch.dtype, unit: float) -> Columns:
-    """Columns whose product is the bias over `unit` (where folded), beside queries of `dtype`."""
+    """Columns whose product is the bias over `unit` (where folded), beside queries of `dtype`, or in float64."""
     rank, own = q_factor.shape[-1], q_factor.dtype
+    if own == torch.float64:
+        return _score_columns(done(torch.div, q_factor, unit), k_factor, own, 1.0)  # kernels are given units in fp32
     if dtype == torch.float32:
         return _score_columns(q_factor, k_factor, dtype, unit)
     if own == torch.float32:
@@ -91,8 +93,12 @@ class GradientColumns:
     parts: int
     size: Tensor | None
 
+    def room(self, query: Tensor, shape: Sequence[int]) -> Tensor:
+        """Room for the product, in fp32, or in float64 as the columns."""
+        return room(query, shape, torch.promote_types(self.columns.dtype, torch.float32))
+
     def combine(self, product: Tensor) -> Tensor:
-        """The gradient `(..., R)` from the product `(..., columns)` in fp32."""
+        """The gradient `(..., R)` from the product `(..., columns)`."""
         if self.parts == 1:
             return product[..., : self.rank]
         return reduced(_added, product, self.rank, self.size)
@@ -118,8 +124,9 @@ def _gradient_parts(factor: Tensor, dtype: torch.dtype) -> int:
 
 
 def gradient_columns(factor: Tensor, dtype: torch.dtype, step: int = MIN_WIDTH) -> GradientColumns:
-    """The columns of `factor` beside scores whose gradient has `dtype`, padded to a multiple of `step`."""
+    """The columns of `factor` beside scores whose gradient has `dtype`, or float64; padded to a multiple of `step`."""
     rank = factor.shape[-1]
+    dtype = factor.dtype if factor.dtype == torch.float64 else dtype
     parts, columns = _gradient_parts(factor, dtype), gradient_width(factor, dtype, step)
     if rank == 0 or (columns == rank and factor.dtype == dtype):
         return GradientColumns(factor, rank, 1, None)
@@ -241,8 +248,10 @@ def store_columns(
     o_c = tl.arange(0, WIDTH)[None, :]
     inside = (o_row < n_rows) & (o_c < COLUMNS)
     p_x = x + o_row.to(tl.int64) * RANK + o_c % RANK
-    b_x = tl.load(p_x, mask=inside & (o_c < PARTS * RANK), other=0.0).to(tl.float32)
-    b_x = tl.div_rn(b_x, tl.zeros_like(b_x) + b_unit)
+    b_x = tl.load(p_x, mask=inside & (o_c < PARTS * RANK), other=0.0)
+    if out.dtype.element_ty != tl.float64:  # in which all is over 1
+        b_x = b_x.to(tl.float32)
+        b_x = tl.div_rn(b_x, tl.zeros_like(b_x) + b_unit)
     b_half = half(b_x, o_c, out.dtype.element_ty, RANK, LOW)
     tl.store(out + o_row.to(tl.int64) * COLUMNS + o_c, b_half, mask=inside)
 

@@ -67,7 +67,7 @@ def keys_kernel(
     b_d_key = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     b_d_value = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
     if GRADIENT_RANK > 0:
-        b_d_columns = tl.zeros([BLOCK_N, GRADIENT_RANK], tl.float32)
+        b_d_columns = tl.zeros([BLOCK_N, GRADIENT_RANK], d_columns.dtype.element_ty)
 
     for phase in tl.static_range(1 if CHECKED else 2):
         for m_first in tl.range(begin if phase == 0 else checked, checked if phase == 0 else n_q, BLOCK_M):

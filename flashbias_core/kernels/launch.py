@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from ctypes import c_float
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
     lse = room(query, query.shape[:-1], torch.float32)
     if out.numel() == 0 or key.shape[-2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    operands = expanded(query, key.shape[-2], operands) or operands
+    exactly = _in_doubles(query, key)
+    operands = expanded(query, key.shape[-2], operands) or _held(operands, exactly, query)
     call = prepare(query, key, value, operands, scale)
     teams = call.teams("forward", query)
     if teams:
@@ -113,7 +115,6 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
 
         hopper.forward(call, teams, out, lse, abreast(query))
         return out, lse
-    exactly = _in_doubles(query, key)
     tiles = call.tiles("double forward" if exactly else "forward", query)
     programs = _programs(query, tiles)
     splits = plan.key_splits(programs, key.shape[-2], query.device)
@@ -145,6 +146,18 @@ def _in_doubles(query: Tensor, key: Tensor) -> bool:
     return query.dtype == torch.float32 and _has_few(query, key) and plan.has_doubles(query.device)
 
 
+def _held(operands: Operands, exactly: bool, query: Tensor) -> Operands:
+    """Operands whose factors are in float64 only where all comes `exactly`, of products."""
+    exactly = exactly and not plan.sums_doubles(query.dtype, query.device)
+    factors = {name: getattr(operands, name) for name in FACTORS}
+    rounded = {
+        name: done(Tensor.float, factor)
+        for name, factor in factors.items()
+        if factor is not None and factor.dtype == torch.float64 and not exactly
+    }
+    return replace(operands, **rounded) if rounded else operands
+
+
 def _unit_rest(scale: float) -> float:
     """What fp32, in which kernels are given a number, leaves of the unit."""
     return scale - c_float(scale).value
@@ -174,19 +187,18 @@ def _gradients(
     if given.out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
     exact = query.dtype == torch.float32
+    # Wider ones would spill registers, of which the forward pass needs fewer.
+    exactly = _in_doubles(query, key) and max(query.shape[-1], value.shape[-1]) <= WIDE
+    operands = _held(operands, exactly, query)
     call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
     level, delta = (room(query, rows, torch.float32) for _ in range(2))
     low = Low(*(room(query, rows, torch.float32, zeros=True) for _ in range(2))) if exact else None
     statistics = {"d_out": call.frame.layout.block(grad_out), "level": level, "delta": delta, "low": low}
-    exactly: set[str] = set()
-    if exact and plan.has_doubles(query.device):
-        # Wider ones would spill registers, of which the forward pass needs fewer.
-        narrow = max(call.frame.constants["WIDTH"], call.frame.constants["WIDTH_V"]) <= WIDE
-        exactly = names if narrow and _in_doubles(query, key) else names & TOTALS
+    doubles = names if exactly else names & TOTALS if exact and plan.has_doubles(query.device) else set()
     gradients: dict[str, Tensor | None] = {}
     # Each by itself: statistics are those of the scores that a pass has, so that their errors cancel.
-    for some, rest in ((names - exactly, None), (exactly, _unit_rest(scale))):
+    for some, rest in ((names - doubles, None), (doubles, _unit_rest(scale))):
         if some:
             gradients |= _pass(given, query, key, value, operands, some, values_dtype, call, statistics, rest)
     gradients |= {name: _sum_groups(gradients[name], inputs[name]) for name in names & {"key", "value"}}
@@ -276,7 +288,7 @@ def _query_side(
         slices = slices if names & QUERY_SIDE else []
     parts: list[Tensor] = []
     for start, stop in slices:
-        part = room(query, (*query.shape[:-1], stop - start), torch.float32) if stop else None
+        part = None if side is None else side.room(query, (*query.shape[:-1], stop - start))
         call.launch(
             queries_kernel, (_programs(query, tiles), 1), tiles, **made, EXCESS=better, d_columns=part,
             gradient_columns=_block(side, start, stop, call), GRADIENT_RANK=stop - start, **common,
@@ -316,7 +328,7 @@ def _key_side(
     made: dict[str, Tensor | None] = {"d_key": d_key, "d_value": d_value}
     parts: list[Tensor] = []
     for start, stop in _slices(side):
-        part = room(query, (*query.shape[:-2], key.shape[-2], stop - start), torch.float32) if stop else None
+        part = None if side is None else side.room(query, (*query.shape[:-2], key.shape[-2], stop - start))
         call.launch(
             keys_kernel, (plan.cdiv(key.shape[-2], tiles.block_n) * query.shape[:-2].numel(), 1), tiles, **made,
             d_columns=part, unit_rest=unit_rest,
@@ -380,7 +392,7 @@ def _room_for_columns(
     if side is None:
         return None, None
     number = side.columns.shape[-1]
-    return room(query, (*query.shape[:-2], rows, number), torch.float32), _block(side, 0, number, call)
+    return side.room(query, (*query.shape[:-2], rows, number)), _block(side, 0, number, call)
 
 
 def _columns(factor: Tensor | None, query: Tensor, tiles: Tiles) -> GradientColumns | None:

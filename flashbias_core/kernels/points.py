@@ -28,27 +28,33 @@ STRIDES = [
 ]  # fmt: skip
 
 
-def distance_factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None = None) -> tuple[Tensor, Tensor]:
-    """Factors of `-w |x_q - x_k|^2` in fp32, `(*batch, H or 1, Nq, d + 2)` and `(*batch, 1, Nk, d + 2)`, contiguous.
+def distance_factors(
+    x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None = None, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Factors of `-w |x_q - x_k|^2`, `(*batch, H or 1, Nq, d + 2)` and `(*batch, 1, Nk, d + 2)`, contiguous.
 
-    With `unit` those of the bias over it, as columns that kernels take beside half precision (`columns.py`), in fp16.
+    In fp32, or where they are to be `exact` in float64. With `unit` those of the bias over it, as columns that kernels
+    take beside half precision (`columns.py`), in fp16.
 
     Points `(*batch, Nq or Nk, d)` and weights that broadcast to `(*batch, H, Nq)`, fp16 to fp64, not empty, of any
     strides. Points in fp64 are centred in fp64, others in fp32.
     """
-    q_factor, k_factor = repeated(("distances", unit), (x_q, x_k, weight), lambda: _factors(x_q, x_k, weight, unit))
+    dtype = torch.float16 if unit is not None else torch.float64 if exact else torch.float32
+    q_factor, k_factor = repeated(
+        ("distances", unit, dtype), (x_q, x_k, weight), lambda: _factors(x_q, x_k, weight, unit, dtype)
+    )
     return q_factor, k_factor
 
 
-def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None) -> tuple[Tensor, Tensor]:
+def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = weight[(None,) * max(0, 2 - weight.dim())]
     (n_q, d), n_k, heads = x_q.shape[-2:], x_k.shape[-2], weight.shape[-2]
     batch = _joint(x_q.shape[:-2], x_k.shape[:-2])
     q_batch = _joint(batch, weight.shape[:-2])
     if unit is not None:
         batch = q_batch  # columns of keys depend on the weights
-    exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.float32)
-    dtype, columns = (torch.float32, d + 2) if unit is None else (torch.float16, padded(HALVES * (d + 2)))
+    exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.promote_types(dtype, torch.float32))
+    columns = d + 2 if unit is None else padded(HALVES * (d + 2))
     width = triton.next_power_of_2(d + 2)
     rows = max(ENTRIES // width, 1)
     sides = 1 if x_k is x_q else 2
@@ -180,9 +186,9 @@ def load_balance(heaviest, n_parts, b_far, unit, o_c, o_r, D: tl.constexpr, BOXE
 
 
 @triton.jit
-def load_relative(x, row, column, o_n, n, b_centre, o_c, o_r, D: tl.constexpr):
-    """Coordinates relative to the middle, and squared lengths, in fp32."""
-    b_r = (load_points(x, row, column, o_n, n, o_r, D).to(b_centre.dtype) - b_centre).to(tl.float32)
+def load_relative(x, row, column, o_n, n, b_centre, o_c, o_r, dtype: tl.constexpr, D: tl.constexpr):
+    """Coordinates relative to the middle, and squared lengths."""
+    b_r = (load_points(x, row, column, o_n, n, o_r, D).to(b_centre.dtype) - b_centre).to(dtype)
     return b_r, tl.sum(tl.where(o_c < D, b_r * b_r, 0.0), 1)[:, None]
 
 
@@ -212,6 +218,7 @@ def factors_kernel(
     With the `heaviest` weights as columns over `unit`.
     """
     HALVED: tl.constexpr = heaviest is not None
+    DTYPE: tl.constexpr = tl.float32 if HALVED else q_factor.dtype.element_ty
     RANK: tl.constexpr = D + 2
     o_c = tl.arange(0, WIDTH)[None, :]
     o_r = o_c % RANK if HALVED else o_c
@@ -221,9 +228,9 @@ def factors_kernel(
         i_b, i_h = i_bh // n_heads, i_bh % n_heads
         o_n = i_block * ROWS + tl.arange(0, ROWS)[:, None]
         b_centre, b_far = load_box(q_box + i_b * b_batch, n_parts, o_r, D, BOXES)
-        b_r, b_square = load_relative(x_q + i_b * q_batch, q_row, q_column, o_n, n_q, b_centre, o_c, o_r, D)
+        b_r, b_square = load_relative(x_q + i_b * q_batch, q_row, q_column, o_n, n_q, b_centre, o_c, o_r, DTYPE, D)
         p_w = weight + i_b * w_batch + i_h * w_head + o_n.to(tl.int64) * w_row
-        b_w = tl.load(p_w, mask=o_n < n_q, other=0.0).to(tl.float32)
+        b_w = tl.load(p_w, mask=o_n < n_q, other=0.0).to(DTYPE)
         b_factor = -b_w * tl.where(o_r < D, b_r, tl.where(o_r == D, 1.0, b_square))
         if HALVED:
             b_balance = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)
@@ -236,7 +243,7 @@ def factors_kernel(
         i_b, i_block = (i // n_blocks).to(tl.int64), i % n_blocks
         o_n = i_block * ROWS + tl.arange(0, ROWS)[:, None]
         b_centre, b_far = load_box(k_box + i_b * BOX * n_parts * D, n_parts, o_r, D, BOXES)
-        b_r, b_square = load_relative(x_k + i_b * k_batch, k_row, k_column, o_n, n_k, b_centre, o_c, o_r, D)
+        b_r, b_square = load_relative(x_k + i_b * k_batch, k_row, k_column, o_n, n_k, b_centre, o_c, o_r, DTYPE, D)
         b_factor = tl.where(o_r < D, -2 * b_r, tl.where(o_r == D, b_square, 1.0))
         if HALVED:
             b_unit = load_balance(heaviest + i_b * n_parts, n_parts, b_far, unit, o_c, o_r, D, BOXES)

@@ -51,7 +51,7 @@ def queries_kernel(
     dLSE. With EXCESS, for gradients that are to be better than the dtype of the queries, this kernel takes the excess
     out of what it sums, and leaves a better delta (and, in fp32, what it and the level lack) to those after it.
     With `unit_rest`, what fp32 leaves of the unit, P, dS and sums of them alone are formed in float64; products of
-    them with others are not.
+    them with others are not, but those with columns in float64.
     """
     DTYPE: tl.constexpr = tl.float32 if unit_rest is None else tl.float64
     unit = whole_unit(unit, unit_rest)
@@ -83,8 +83,8 @@ def queries_kernel(
     b_mean_distance = tl.zeros([BLOCK_M], DTYPE)
     b_mean_key = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     if GRADIENT_RANK > 0:
-        b_d_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
-        b_mean_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], tl.float32)
+        b_d_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], d_columns.dtype.element_ty)
+        b_mean_columns = tl.zeros([BLOCK_M, GRADIENT_RANK], d_columns.dtype.element_ty)
     if d_far is not None:
         near_begin, near_end = near_keys(n_q, m_first & -BAND, terms.reach, offset)
         b_before, b_total_before, b_until, b_total_until = b_excess, b_excess, b_excess, b_excess

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,16 +74,23 @@ def capture(step: Step) -> torch.cuda.CUDAGraph | None:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    gc.collect()
-    gc.disable()  # a kernel that is collected meanwhile would unload its module, which breaks the capture
     try:
-        with torch.cuda.graph(graph):
+        with uncollected(), torch.cuda.graph(graph):  # a kernel that is collected meanwhile would unload its module
             step()
     except RuntimeError:
         return None
+    return graph
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's garbage collector, which has been at work before."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
     finally:
         gc.enable()
-    return graph
 
 
 def host_microseconds(step: Step, device: str) -> float | None:

@@ -103,6 +103,19 @@ def test_head_dims_and_ranks(case: Case) -> None:
     check(case)
 
 
+FAR_APART = pairwise(
+    axis(bias=("distance_wide", "distance_wide+factored", "distance_wide+distance+alibi")),
+    axis(mask=("none", "causal", "lengths", "segments", "allowed")),
+    axis(cotangents=("both", "out", "lse")),
+    axis(broadcast=BROADCASTS),
+)
+
+
+@pytest.mark.parametrize("case", FAR_APART, ids=ids(FAR_APART))
+def test_accuracy_of_points_far_apart(case: Case) -> None:
+    check(case)
+
+
 CUT = pairwise(BIAS, MASK, [shape for shape in SHAPES if 0 not in shape.values()], axis(broadcast=BROADCASTS))
 
 

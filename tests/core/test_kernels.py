@@ -84,6 +84,24 @@ def test_accuracy_of_every_rank(case: Case, device: str) -> None:
     check(case, device)
 
 
+# Near points far from the middle: their squares are thousands of times as large as their distances'.
+WIDE = pairwise(
+    axis(bias=("distance_wide", "distance_wide+factored", "distance_wide+distance+alibi")),
+    axis(mask=("none", "causal", "lengths", "segments", "allowed")),
+    axis(cotangents=("both", "out", "lse")),
+    axis(broadcast=BROADCASTS),
+    axis(c=(16, 40, 128)),
+    axis(scale=(None, 0.3)),
+)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=ids(WIDE))
+def test_accuracy_of_points_far_apart(case: Case, device: str) -> None:
+    if not plan.has_doubles(torch.device(device)) or plan.sums_doubles(case.dtype, torch.device(device)):
+        pytest.skip("digits of distances beyond those of fp32 need products of float64: these units, triton 3.6")
+    check(case, device)
+
+
 HEAD_DIMS = pairwise(
     axis(c=(1, 16, 24, 40, 48, 64, 80, 128, 192, 256)),
     axis(bias=("none", "factored", "dense", "alibi")),

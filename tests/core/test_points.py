@@ -28,8 +28,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     found: list[tuple[Tensor, Tensor]] = []
     ours = points.distance_factors
 
-    def noted(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        found.append(ours(*arguments))
+    def noted(*arguments: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        found.append(ours(*arguments, **options))
         return found[-1]
 
     monkeypatch.setattr(points, "distance_factors", noted)
@@ -47,13 +47,14 @@ def by_torch(bias: SpatialDistance, problem: Problem) -> Rank:
 def check(bias: SpatialDistance, query: Tensor, n_k: int, kv_heads: int | None = None, **options: Any) -> None:
     """Factors lie as torch's do, and attention is as accurate as the contract says, twice: once made from notes."""
     heads, n_q = query.shape[-3:-1]
-    problem = Problem(tuple(query.shape[:-3]), heads, n_q, n_k, n_k - n_q, query.device)
+    exact = query.dtype == torch.float32
+    problem = Problem(tuple(query.shape[:-3]), heads, n_q, n_k, n_k - n_q, query.device, exact=exact)
     (ours,), torchs = bias.terms(problem), by_torch(bias, problem)
     for side in ("q_factor", "k_factor"):
         mine, other = getattr(ours, side), getattr(torchs, side)
         assert mine.shape == other.shape
         assert mine.is_contiguous()
-        assert mine.dtype == other.dtype == torch.float32
+        assert mine.dtype == other.dtype == (torch.float64 if exact else torch.float32)
     shape = (*query.shape[:-3], kv_heads or heads, n_k, 16)
     key, value = (torch.randn(shape, device=query.device).to(query.dtype) for _ in range(2))
     truth, measure = (f(query, key, value, bias, **options) for f in (reference, eager))
@@ -176,11 +177,12 @@ def test_coordinates_that_are_not_finite(strange: float, side: str, device: str)
     x = {"x_q": torch.rand(2, 9, 3).to(device) + 3, "x_k": torch.rand(2, 17, 3).to(device) + 3}
     x[side][0, 4, 1] = strange
     bias = SpatialDistance(x["x_q"], x["x_k"], torch.rand(2, 9).to(device))
-    problem = Problem((2,), 2, 9, 17, 8, x["x_q"].device)
-    torchs = by_torch(bias, problem)
-    ours = points.distance_factors(bias.x_q, bias.x_k, bias.weight)
-    for mine, other in zip(ours, (torchs.q_factor, torchs.k_factor), strict=True):
-        torch.testing.assert_close(mine, other, equal_nan=True)
+    for exact in (False, True):
+        problem = Problem((2,), 2, 9, 17, 8, x["x_q"].device, exact=exact)
+        torchs = by_torch(bias, problem)
+        ours = points.distance_factors(bias.x_q, bias.x_k, bias.weight, exact=exact)
+        for mine, other in zip(ours, (torchs.q_factor, torchs.k_factor), strict=True):
+            torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 UNIT = 0.3
@@ -199,7 +201,7 @@ def test_columns_are_factors_over_a_unit(far: float, heavy: float, d: int, devic
     assert k.shape == (2, 1, 33, q.shape[-1])
     assert not q[..., 3 * (d + 2) :].any()
     assert not k[..., 3 * (d + 2) :].any()
-    q_factor, k_factor = (factor.double() for factor in points.distance_factors(x_q, x_k, weight))
+    q_factor, k_factor = points.distance_factors(x_q, x_k, weight, exact=True)
     ours, truth = UNIT * q.double() @ k.double().mT, q_factor @ k_factor.mT
     products = (q_factor.abs() @ k_factor.abs().mT).amax()
     assert (ours - truth).abs().max() <= 2**-20 * max(products.item(), 2**-8)  # halves of less are too small for fp16

@@ -83,6 +83,12 @@ REFUSALS: dict[str, Refusal] = {
         DtypeError, "query of type NoneType", "torch.Tensor", "as_tensor"),
     "value_no_tensor": (lambda: biased_attention(Q, K, [1.0]),
         DtypeError, "value of type list", "torch.Tensor", "as_tensor"),
+    "query_sparse": (lambda: biased_attention(Q.to_sparse(), K, V),
+        UnsupportedError, "query of layout torch.sparse_coo", "dense", "query.to_dense()"),
+    "key_nested": (lambda: biased_attention(Q, torch.nested.nested_tensor(list(K), layout=torch.jagged), V),
+        UnsupportedError, "key of layout nested", "dense", "KeyPadding"),
+    "values_sparse": (lambda: DenseBias(zeros(NQ, NK).to_sparse_csr()),
+        UnsupportedError, "values of layout torch.sparse_csr", "dense", "values.to_dense()"),
     "float64": (lambda: biased_attention(Q.double(), K.double(), V.double()),
         DtypeError, "float64", "float16, bfloat16 and float32", "cast"),
     "mixed_dtypes": (lambda: biased_attention(Q.half(), K, V),
@@ -310,6 +316,16 @@ def test_vmap(device: str) -> None:
         torch.vmap(biased_attention)(x, x, x)
     with pytest.raises(UnsupportedError, match=r"found: torch.vmap"):
         torch.vmap(lambda key: biased_attention(x, key, x), in_dims=0)(x[None])
+
+    def total(query: Tensor) -> Tensor:
+        return biased_attention(query, x, x).square().sum()
+
+    with pytest.raises(UnsupportedError, match=r"found: torch.vmap"):
+        torch.vmap(torch.func.grad(total))(x[None])
+    with pytest.raises(UnsupportedError, match=r"found: torch.vmap"):
+        torch.func.jacrev(lambda query: biased_attention(query, x, x).sum(-1))(x)
+    with pytest.raises(UnsupportedError, match=r"found: a second derivative"):
+        torch.func.grad(lambda query: torch.func.grad(total)(query).sum())(x)
 
 
 @pytest.mark.parametrize("what", ["query", "slopes"])

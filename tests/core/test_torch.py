@@ -368,6 +368,23 @@ def test_without_gradients(guard: Any, place: str) -> None:
     assert_equal(list(results), [result.detach() for result in attend(leaves)], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bias", ["none", "sum", "distance"])
+def test_gradients_by_torch_func(bias: str, place: str) -> None:
+    tensors = make(7, 9, place)
+    attend = attend_with(BIASES[bias], MASKS["joined"])
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+    def total(leaves: Tensors) -> Tensor:
+        out, lse = attend(tensors | leaves)
+        return out.square().sum() + lse.sin().sum()
+
+    wanted = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    total(wanted).backward()
+    for made in (torch.func.grad(total)(leaves), torch.func.vjp(total, leaves)[1](torch.ones((), device=place))[0]):
+        for name, leaf in wanted.items():
+            assert torch.equal(made[name], torch.zeros_like(leaf) if leaf.grad is None else leaf.grad), name
+
+
 def test_who_listens_to_torch_hears_the_operator(place: str) -> None:
     """Modes and profilers, forward and backward; where nobody listens results are the same."""
 

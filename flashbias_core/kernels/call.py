@@ -225,7 +225,7 @@ def prepare(
     if o.q_factor is not None and o.k_factor is not None:
         columns = score_columns(o.q_factor, o.k_factor, query.dtype, scale / o.factor_unit)
     values = None if o.values is None else _aligned(o.values)
-    allowed = None if o.allowed is None else o.allowed.view(torch.uint8)
+    allowed = o.allowed.view(torch.uint8) if o.allowed is not None and o.allowed.dtype == torch.bool else o.allowed
     if allowed is not None and allowed.stride(-1) != 1:
         allowed = contiguous(allowed)
     q_columns, k_columns, folded = (columns.q, columns.k, columns.folded) if columns else (None, None, True)

@@ -27,10 +27,13 @@ from .queries import queries_kernel
 from .replay import contiguous, done, known_pass, reduced, repeated, room, room_by
 from .terms import Block
 
-DELTA_ROWS = 32
+DELTA_ENTRIES = 2048  # of the output
 WIDE = 128  # features
 NUMBERS = ("symmetric", "causal", "offset", "factor_unit")  # of the operands, the last ones
 FEW_COLUMNS = 4
+NARROW = {"values": (torch.float16, torch.bfloat16), "allowed": (torch.bool,)} | dict.fromkeys(
+    ("q_ids", "k_ids"), (torch.int8, torch.int16)
+)
 QUERY_SIDE = {"query", "q_factor", *TOTALS}  # whose gradients the queries' kernel makes
 
 
@@ -148,14 +151,20 @@ def _in_doubles(query: Tensor, key: Tensor) -> bool:
 
 def _held(operands: Operands, exactly: bool, query: Tensor) -> Operands:
     """Operands whose factors are in float64 only where all comes `exactly`, of products."""
-    exactly = exactly and not plan.sums_doubles(query.dtype, query.device)
-    factors = {name: getattr(operands, name) for name in FACTORS}
-    rounded = {
-        name: done(Tensor.float, factor)
-        for name, factor in factors.items()
-        if factor is not None and factor.dtype == torch.float64 and not exactly
-    }
-    return replace(operands, **rounded) if rounded else operands
+    factor = operands.q_factor
+    if factor is None or factor.dtype != torch.float64:
+        return operands
+    held = replace(operands)
+    if exactly and not plan.sums_doubles(query.dtype, query.device):
+        # Of what is less than 32 bits wide triton 3.6 cannot make weights for products of float64.
+        for name, narrow in NARROW.items():
+            tensor = getattr(operands, name)
+            if tensor is not None and tensor.dtype in narrow:
+                setattr(held, name, done(Tensor.float if tensor.is_floating_point() else Tensor.int, tensor))
+    else:
+        for name in FACTORS:
+            setattr(held, name, done(Tensor.float, getattr(operands, name)))
+    return held
 
 
 def _unit_rest(scale: float) -> float:
@@ -245,11 +254,13 @@ def _as_made(out: Tensor, query: Tensor) -> Tensor:
 def _make_statistics(query: Tensor, given: Forward, call: Call, statistics: dict[str, Any]) -> None:
     """Level and delta of all rows, which the kernels that make gradients read."""
     rows, pitch = statistics["level"].shape
+    width = call.frame.constants["WIDTH_V"]
+    tile = min(DELTA_ENTRIES // width, 32)
     call.launch(
-        delta_kernel, (pitch // DELTA_ROWS * rows, 1), d_out=statistics["d_out"], d_lse=given.d_lse,
+        delta_kernel, (pitch // tile * rows, 1), d_out=statistics["d_out"], d_lse=given.d_lse,
         out=call.frame.layout.block(given.out), lse=given.lse, delta=statistics["delta"], level=statistics["level"],
         n_q=query.shape[-2], n_inner=call.frame.layout.inner, n_heads=query.shape[-3], unit=call.frame.sizes["unit"],
-        C_V=given.out.shape[-1], WIDTH_V=call.frame.constants["WIDTH_V"], BLOCK_M=DELTA_ROWS,
+        C_V=given.out.shape[-1], WIDTH_V=width, BLOCK_M=tile,
     )  # fmt: skip
 
 

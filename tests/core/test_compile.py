@@ -62,6 +62,7 @@ BIASES: list[dict[str, Any]] = [
     {"bias": "alibi_symmetric"},
     {"bias": "alibi_positions"},
     {"bias": "table"},
+    {"bias": "distance"},
 ]
 MASKS = [{"mask": mask} for mask in ("none", "causal", "segments", "allowed")]
 # The axes of the full product that the pairs leave out.

@@ -11,7 +11,16 @@ import triton
 from cases import BROADCASTS, Case, build
 from torch import Tensor
 
-from flashbias import ALiBi, FactoredBias, KeyPadding, SpatialDistance, biased_attention, reference
+from flashbias import (
+    ALiBi,
+    DenseBias,
+    FactoredBias,
+    KeyPadding,
+    Segments,
+    SpatialDistance,
+    biased_attention,
+    reference,
+)
 from flashbias.kernels import columns, points, replay
 from flashbias.terms import Problem, Rank
 from flashbias.testing import assert_as_accurate, eager
@@ -236,6 +245,25 @@ def test_beside_half_precision_a_call_has_three_launches(device: str) -> None:
     (made,) = replay._passes.values()
     assert made is not None
     assert [is_kept for _, is_kept in made.steps].count(False) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_beside_ids_masks_and_values_of_few_bits(dtype: torch.dtype, device: str) -> None:
+    """Of which triton 3.6 makes no weights for products of float64."""
+    query, x = queries(9, device), 30 * torch.rand(2, 9, 3).to(device)
+    ids, allowed = (torch.arange(9, device=device) % 2).to(dtype), torch.rand(2, 2, 9, 9).to(device) < 0.9
+    leaves = {"x": x, "weight": torch.rand(2, 9).to(device), "values": torch.randn(9, 9).to(device).half()}
+
+    def gradients(attend: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        x, weight, values = own = [leaf.to(dtype or leaf.dtype).requires_grad_() for leaf in leaves.values()]
+        q = query.to(dtype or query.dtype)
+        out = attend(q, q, q, SpatialDistance(x, x, weight) + DenseBias(values), mask=Segments(ids, ids) & allowed)
+        return torch.autograd.grad((out if isinstance(out, Tensor) else out[0]).square().sum(), own)
+
+    made, measure, truth = gradients(biased_attention), gradients(eager), gradients(reference, torch.float64)
+    for name, result, other, oracle in zip(leaves, made, measure, truth, strict=True):
+        assert result.dtype == leaves[name].dtype
+        assert_as_accurate(name, result, other, oracle, result.dtype)
 
 
 def test_torch_makes_them_where_it_is_needed(made: list[Any], monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -75,8 +75,8 @@ def gather(
         ShapeError, DeviceError, UnsupportedError: for a bias or a mask that does not fit.
     """
     n_q, n_k = query.shape[-2], key.shape[-2]
-    problem = Problem(tuple(batch), heads, n_q, n_k, n_k - n_q, query.device)
-    problem.exact = query.dtype == torch.float32
+    exact = query.dtype == torch.float32
+    problem = Problem(tuple(batch), heads, n_q, n_k, n_k - n_q, query.device, exact=exact)
     operands = Operands(offset=n_k - n_q)
     if mask is not None:
         for part in mask.parts():

@@ -37,7 +37,7 @@ def distance_factors(
     take beside half precision (`columns.py`), in fp16.
 
     Points `(*batch, Nq or Nk, d)` and weights that broadcast to `(*batch, H, Nq)`, fp16 to fp64, not empty, of any
-    strides. Points in fp64 are centred in fp64, others in fp32.
+    strides. Points in fp64, and of `exact` factors, are centred in fp64, others in fp32.
     """
     dtype = torch.float16 if unit is not None else torch.float64 if exact else torch.float32
     q_factor, k_factor = repeated(

@@ -57,6 +57,8 @@ def biased_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
+    if isinstance(mask, Tensor):
+        check_tensor("mask", mask)
     parts = query, key, value, bias, mask, bool(is_causal), scale
     number = 2 if return_lse else 1  # of results: room for an LSE that nobody reads is kernels' own
     made = ops.like_before(lambda: _attend(*parts)[:number], (*parts, number))
@@ -163,11 +165,7 @@ def _refuse_tangents(inputs: Iterable[Any]) -> None:
         return
     for value in inputs:
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise UnsupportedError(
-                "forward-mode differentiation of biased_attention",
-                "gradients by backward",
-                "use torch.autograd.grad, or flashbias.reference for forward mode",
-            )
+            ops.refuse_forward_mode()
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:

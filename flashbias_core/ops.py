@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import plan
@@ -218,6 +219,10 @@ class _TransformedAttention(torch.autograd.Function):
     backward = _Attention.backward
 
     @staticmethod
+    def jvp(*arguments: Any) -> None:
+        refuse_forward_mode()
+
+    @staticmethod
     def vmap(*arguments: Any) -> None:
         _refuse_vmap(*arguments)
 
@@ -239,12 +244,19 @@ class _TransformedGradients(torch.autograd.Function):
         _refuse_double_backward(ctx, *gradients)
 
     @staticmethod
+    def jvp(*arguments: Any) -> None:
+        refuse_forward_mode()
+
+    @staticmethod
     def vmap(*arguments: Any) -> None:
         _refuse_vmap(*arguments)
 
 
 def _is_transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of `torch.func` is at work that wants functions of its own kind."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return peek_interpreter_stack().key() != TransformType.Functionalize
 
 
 def _wanted(ctx: Any) -> list[bool]:
@@ -261,6 +273,15 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
     return _Attention.apply(*inputs) if has_gradient(inputs[:_TENSORS]) else _below_autograd(*inputs)
+
+
+def refuse_forward_mode() -> NoReturn:
+    """Raise `UnsupportedError`."""
+    raise UnsupportedError(
+        "forward-mode differentiation of biased_attention",
+        "gradients by backward",
+        "use torch.autograd.grad, or flashbias.reference for forward mode",
+    )
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

@@ -46,9 +46,11 @@ class SpatialDistance(Bias):
             fp32). Differentiable.
         weight: broadcasts to `(*batch, H, Nq)`, either sign, in 1 / (units of x)^2. Differentiable.
 
-    In fp32, up to 2^23 scores, distances are as good wherever the points lie. In half precision, and among more scores,
-    near points in a wide box lose digits: by about the square of its width over theirs. There padding that stands
-    elsewhere counts as a part of the box, unless `KeyPadding` or `Segments` says that it is padding.
+    In fp32, up to 2^23 scores, distances are as good in a box some 10^4 times as wide as points that matter to each
+    other are apart as in a small one: on CPUs, and on GPUs with many units of float64 (A100, H100, H200, B200). In half
+    precision, on other GPUs, and among more scores, near points in a wide box lose digits: by about the square of its
+    width over theirs. There padding that stands elsewhere counts as a part of the box, unless `KeyPadding` or
+    `Segments` says that it is padding.
 
     Raises:
         ShapeError, DtypeError: for points or weights that cannot be used.

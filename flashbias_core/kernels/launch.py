@@ -196,9 +196,10 @@ def _gradients(
     if given.out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
     exact = query.dtype == torch.float32
-    # Wider ones would spill registers, of which the forward pass needs fewer.
-    exactly = _in_doubles(query, key) and max(query.shape[-1], value.shape[-1]) <= WIDE
-    operands = _held(operands, exactly, query)
+    operands = _held(operands, _in_doubles(query, key), query)
+    needed = operands.q_factor is not None and operands.q_factor.dtype == torch.float64
+    # Wider ones spill registers, of which the forward pass needs fewer.
+    exactly = _in_doubles(query, key) and (needed or max(query.shape[-1], value.shape[-1]) <= WIDE)
     call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
     level, delta = (room(query, rows, torch.float32) for _ in range(2))

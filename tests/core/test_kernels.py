@@ -90,7 +90,7 @@ WIDE = pairwise(
     axis(mask=("none", "causal", "lengths", "segments", "allowed")),
     axis(cotangents=("both", "out", "lse")),
     axis(broadcast=BROADCASTS),
-    axis(c=(16, 40, 128)),
+    axis(c=(16, 40, 128, 160)),
     axis(scale=(None, 0.3)),
 )
 

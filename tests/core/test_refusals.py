@@ -310,6 +310,14 @@ def test_second_derivatives(backend: str, device: str, monkeypatch: pytest.Monke
         torch.autograd.grad(gradient.sum(), x)
 
 
+def test_sparse_mask(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anybody asks it for its address."""
+    monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+    x = leaf(device).detach()
+    with pytest.raises(UnsupportedError, match=r"found: mask of layout torch.sparse_coo"):
+        biased_attention(x, x, x, mask=torch.eye(5, device=device, dtype=torch.bool).to_sparse())
+
+
 def test_vmap(device: str) -> None:
     x = leaf(device).detach()
     with pytest.raises(UnsupportedError, match=r"found: torch.vmap.*wanted: batch dimensions in front"):
@@ -320,6 +328,7 @@ def test_vmap(device: str) -> None:
     def total(query: Tensor) -> Tensor:
         return biased_attention(query, x, x).square().sum()
 
+    assert torch.equal(torch.func.functionalize(total)(x), total(x))
     with pytest.raises(UnsupportedError, match=r"found: torch.vmap"):
         torch.vmap(torch.func.grad(total))(x[None])
     with pytest.raises(UnsupportedError, match=r"found: torch.vmap"):
@@ -338,6 +347,8 @@ def test_forward_mode(what: str, device: str) -> None:
     function, given = calls[what]
     with pytest.raises(UnsupportedError, match=r"found: forward-mode .*wanted: gradients by backward"):
         torch.func.jvp(function, (given,), (torch.ones_like(given),))
+    with pytest.raises(UnsupportedError, match=r"found: forward-mode "):
+        torch.func.jvp(torch.func.grad(lambda x: function(x).sum()), (given,), (torch.ones_like(given),))
     with forward_ad.dual_level():
         assert function(given) is not None, "without tangents it is an ordinary call"
 

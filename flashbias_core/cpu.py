@@ -80,8 +80,7 @@ def _dtype(query: Tensor, key: Tensor, value: Tensor, operands: Operands) -> tor
     """That in which a call is computed: float64 for few scores in fp32, and, unless factors are in float64 themselves,
     few keys and values, which it copies."""
     scores, copied = query.shape[:-1].numel() * key.shape[-2], key.numel() + value.numel()
-    needed = operands.q_factor is not None and operands.q_factor.dtype == torch.float64
-    few = plan.is_few(scores if needed else max(scores, COPIED * copied))
+    few = plan.is_few(scores if operands.in_doubles else max(scores, COPIED * copied))
     return torch.float64 if few and query.dtype == torch.float32 else torch.float32
 
 

@@ -47,6 +47,11 @@ class Operands:
     offset: int = 0
     factor_unit: float = 1.0
 
+    @property
+    def in_doubles(self) -> bool:
+        """Whether the factors, if there are any, are in float64."""
+        return self.q_factor is not None and self.q_factor.dtype == torch.float64
+
     def in_order(self) -> list[Any]:
         """Values in the order of the operator's schema."""
         return [getattr(self, name) for name in _NAMES]

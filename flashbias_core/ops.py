@@ -171,6 +171,31 @@ def _(
     )
 
 
+def refuse_forward_mode() -> NoReturn:
+    """Raise `UnsupportedError`."""
+    raise UnsupportedError(
+        "forward-mode differentiation of biased_attention",
+        "gradients by backward",
+        "use torch.autograd.grad, or flashbias.reference for forward mode",
+    )
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
+    raise UnsupportedError(
+        "a second derivative of biased_attention",
+        "first derivatives",
+        "use flashbias.reference for second derivatives, or detach the first gradient",
+    )
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    raise UnsupportedError(
+        "torch.vmap over biased_attention",
+        "batch dimensions in front",
+        "call it once with the mapped dimension as batch",
+    )
+
+
 class _Attention(torch.autograd.Function):
     """How gradients come back, as `torch.library.register_autograd` would have it."""
 
@@ -179,7 +204,7 @@ class _Attention(torch.autograd.Function):
         if is_unheard(inputs[:_TENSORS]):
             out, lse = _attention(*inputs, wanted=lambda: _names(_wanted(ctx)))
         else:
-            out, lse = _below_autograd(*inputs)
+            out, lse = _below_autograd(attention, inputs)
         _Attention.keep(ctx, inputs, (out, lse))
         return out, lse
 
@@ -208,48 +233,39 @@ class _Attention(torch.autograd.Function):
         return tuple(results)
 
 
-class _TransformedAttention(torch.autograd.Function):
-    """The same for transforms of `torch.func`, which do not go through torch's dispatcher."""
+class _Transformed(torch.autograd.Function):
+    """What transforms of `torch.func` take, which do not go through torch's dispatcher."""
+
+    vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(*inputs)
+    def jvp(ctx: Any, *grad_inputs: Any) -> NoReturn:
+        refuse_forward_mode()
+
+
+class _TransformedAttention(_Transformed):
+    """`_Attention` for these transforms."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(attention, inputs)
 
     setup_context = _Attention.keep
     backward = _Attention.backward
 
-    @staticmethod
-    def jvp(*arguments: Any) -> None:
-        refuse_forward_mode()
 
-    @staticmethod
-    def vmap(*arguments: Any) -> None:
-        _refuse_vmap(*arguments)
-
-
-class _TransformedGradients(torch.autograd.Function):
+class _TransformedGradients(_Transformed):
     """`attention_backward` for these transforms."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return attention_backward(*inputs)
+        return _below_autograd(attention_backward, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> None:
-        _refuse_double_backward(ctx, *gradients)
-
-    @staticmethod
-    def jvp(*arguments: Any) -> None:
-        refuse_forward_mode()
-
-    @staticmethod
-    def vmap(*arguments: Any) -> None:
-        _refuse_vmap(*arguments)
+    backward = staticmethod(_refuse_double_backward)
 
 
 def _is_transformed() -> bool:
@@ -263,41 +279,16 @@ def _wanted(ctx: Any) -> list[bool]:
     return [ctx.needs_input_grad[position] for position in DIFFERENTIABLE.values()]
 
 
-def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _below_autograd(operator: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return attention(*inputs)
+        return operator(*inputs)
 
 
 # `torch.library.register_autograd` would do the same, but asks the schema for all its arguments once for each of them:
 # as long on the host as everything else together.
 @torch.library.impl(_LIBRARY, "attention", "Autograd")
 def _attention_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _Attention.apply(*inputs) if has_gradient(inputs[:_TENSORS]) else _below_autograd(*inputs)
-
-
-def refuse_forward_mode() -> NoReturn:
-    """Raise `UnsupportedError`."""
-    raise UnsupportedError(
-        "forward-mode differentiation of biased_attention",
-        "gradients by backward",
-        "use torch.autograd.grad, or flashbias.reference for forward mode",
-    )
-
-
-def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
-    raise UnsupportedError(
-        "a second derivative of biased_attention",
-        "first derivatives",
-        "use flashbias.reference for second derivatives, or detach the first gradient",
-    )
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> None:
-    raise UnsupportedError(
-        "torch.vmap over biased_attention",
-        "batch dimensions in front",
-        "call it once with the mapped dimension as batch",
-    )
+    return _Attention.apply(*inputs) if has_gradient(inputs[:_TENSORS]) else _below_autograd(attention, inputs)
 
 
 torch.library.register_autograd("flashbias::attention_backward", _refuse_double_backward, lib=_LIBRARY)

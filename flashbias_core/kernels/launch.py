@@ -151,8 +151,7 @@ def _in_doubles(query: Tensor, key: Tensor) -> bool:
 
 def _held(operands: Operands, exactly: bool, query: Tensor) -> Operands:
     """Operands whose factors are in float64 only where all comes `exactly`, of products."""
-    factor = operands.q_factor
-    if factor is None or factor.dtype != torch.float64:
+    if not operands.in_doubles:
         return operands
     held = replace(operands)
     if exactly and not plan.sums_doubles(query.dtype, query.device):
@@ -196,10 +195,10 @@ def _gradients(
     if given.out.numel() == 0 or key.numel() == 0:
         return {name: torch.zeros_like(inputs[name]) for name in names}
     exact = query.dtype == torch.float32
-    operands = _held(operands, _in_doubles(query, key), query)
-    needed = operands.q_factor is not None and operands.q_factor.dtype == torch.float64
+    exactly = _in_doubles(query, key)
+    operands = _held(operands, exactly, query)
     # Wider ones spill registers, of which the forward pass needs fewer.
-    exactly = _in_doubles(query, key) and (needed or max(query.shape[-1], value.shape[-1]) <= WIDE)
+    exactly = exactly and (operands.in_doubles or max(query.shape[-1], value.shape[-1]) <= WIDE)
     call = prepare(query, key, value, operands, scale, values_gradient="values" in names)
     rows = query.shape[:-2].numel(), plan.cdiv(query.shape[-2], PITCH.value) * PITCH.value
     level, delta = (room(query, rows, torch.float32) for _ in range(2))

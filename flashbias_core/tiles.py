@@ -38,7 +38,6 @@ class Tiles:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,  # said outright, since triton's default is to change
         }
         if self.teams:
             # Registers go from the four warps around the one that loads to the teams, in steps of eight.

@@ -7,6 +7,7 @@ launched is compiled in a thread. What fails in this is left to the pass itself,
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,12 @@ from triton.compiler import CompiledKernel
 
 from . import replay
 from .passes import Recorder
+from .setting import Setting
+
+# Seconds for which a thread keeps Python's interpreter, longer than to trace a kernel takes. Threads that take it from
+# each other every few milliseconds take three times as long.
+TURN = 1.0
+_turn = Setting(sys.getswitchinterval, sys.setswitchinterval)
 
 
 class Survey(Recorder):
@@ -84,7 +91,12 @@ def compile_missing() -> None:
     if number == 1:
         return
     getattr(triton.runtime.cache, "triton_key", int)()  # else each thread reads all of triton's files for it at first
-    with suppress(Exception), ThreadPoolExecutor(number) as threads, replay.noted_by(Survey(device, threads, made)):
+    with (
+        suppress(Exception),
+        _turn.at(TURN),
+        ThreadPoolExecutor(number) as threads,
+        replay.noted_by(Survey(device, threads, made)),
+    ):
         results = make()  # first, so that the kernels of this pass are the first
         if after is not None:
             after(*results)

@@ -22,6 +22,7 @@ except ImportError:  # triton 3.3 has them elsewhere
 from . import ahead, replay
 from .terms import Block
 
+OPTIONS = {"enable_fp_fusion": True}  # of every launch; said outright, since triton's default is to change
 # A kernel, the values of its arguments, and the places and names of those that are each launch's own.
 Known = tuple[CompiledKernel, list[Any], list[tuple[int, str]]]
 
@@ -40,7 +41,7 @@ def launch(
     """
     if ahead.is_surveying():
         if key not in known:
-            fixed = constants()
+            fixed = constants() | OPTIONS
             keep = partial(_keep, known, key, kernel, list(arguments), fixed)
             ahead.survey((id(known), key), kernel, arguments | fixed, keep)
         return
@@ -53,7 +54,7 @@ def launch(
         values = _filled(constant, places, arguments)
         run(*values)
     else:
-        fixed = constants()
+        fixed = constants() | OPTIONS
         compiled = kernel[grid](**arguments, **fixed)
         if isinstance(compiled, CompiledKernel):
             _, constant, places = _keep(known, key, kernel, list(arguments), fixed, compiled)

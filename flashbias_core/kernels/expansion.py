@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from flashbias import plan
 from flashbias.operands import Operands
 
 from .call import row_step
-from .replay import done, reduced, room_by
+from .known import launch_known
+from .replay import contiguous, reduced, room
 
 FACTORS = ("q_factor", "k_factor")
+TILE, PART = 64, 32  # of the values, and columns at a time
 
 
 def expanded(query: Tensor, n_k: int, operands: Operands) -> Operands | None:
@@ -43,16 +47,20 @@ def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> d
 
 def _in_rows(q_factor: Tensor, k_factor: Tensor) -> Tensor:
     """The product of factors that all the batch shares, in the dtype of the first."""
-    q, k = (factor.view(-1, *factor.shape[-2:]) for factor in (q_factor, k_factor.to(q_factor.dtype)))
-    heads, n_q, n_k = max(len(q), len(k)), q.shape[1], k.shape[1]
+    q, k = contiguous(q_factor), contiguous(k_factor)
+    n_q, n_k, rank = q.shape[-2], k.shape[-2], q.shape[-1]
+    q_heads, k_heads = q.numel() // (n_q * rank), k.numel() // (n_k * rank)
+    heads = max(q_heads, k_heads)
     step = row_step(n_q, q.element_size())
-    pitch = plan.cdiv(n_k, step) * step
-    values = room_by(Tensor.new_empty_strided, q, (heads, n_q, n_k), (n_q * pitch, pitch, 1))
-    return done(_multiply, q.expand(heads, -1, -1), k.expand(heads, -1, -1).mT, values)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.bmm(a, b, out=out)  # in place, since rows of `out` are contiguous
+    steps = plan.cdiv(n_k, step)
+    values = room(q, (heads, n_q, steps * step))
+    launch_known(
+        expansion_kernel, (plan.cdiv(n_q, TILE) * plan.cdiv(n_k, TILE), heads), q.device,
+        {"q": q, "k": k, "values": values, "n_q": n_q, "n_k": n_k, "q_heads": q_heads, "k_heads": k_heads,
+         "steps": steps},
+        RANK=rank, STEP=step, TILE=TILE, PART=PART,
+    )  # fmt: skip
+    return values[..., :n_k]
 
 
 def _product(a: Tensor, b: Tensor, shape: torch.Size | None = None) -> Tensor:
@@ -60,3 +68,29 @@ def _product(a: Tensor, b: Tensor, shape: torch.Size | None = None) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         product = a @ b.to(a.dtype)
     return product if shape is None else product.sum_to_size(shape)
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "q_heads", "k_heads", "steps"])
+def expansion_kernel(
+    q, k, values, n_q, n_k, q_heads, k_heads, steps,
+    RANK: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """A tile of `q @ k^T` for one head, in rows of so many steps; zero behind the last key."""
+    i_h, n_tiles = tl.program_id(1), tl.cdiv(n_k, TILE)
+    m_first, n_first = tl.program_id(0) // n_tiles * TILE, tl.program_id(0) % n_tiles * TILE
+    b_values = tl.zeros([TILE, TILE], tl.float32)
+    for o_part in tl.range(0, RANK, PART):
+        b_q = _load_part(q, i_h % q_heads, m_first, n_q, o_part, RANK, TILE, PART)
+        b_k = _load_part(k, i_h % k_heads, n_first, n_k, o_part, RANK, TILE, PART).to(b_q.dtype)
+        b_values = tl.dot(b_q, tl.trans(b_k), b_values, input_precision="ieee")
+    o_m, o_n = m_first + tl.arange(0, TILE)[:, None], n_first + tl.arange(0, TILE)[None, :]
+    p_values = values + (i_h.to(tl.int64) * n_q + o_m) * steps * STEP + o_n
+    tl.store(p_values, b_values.to(values.dtype.element_ty), mask=(o_m < n_q) & (o_n < steps * STEP))
+
+
+@triton.jit
+def _load_part(x, i_h, first, n_rows, o_part, RANK: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr):
+    """Columns `o_part ...` of rows `first ...` of a head, `[TILE, PART]`; zero beyond both ends."""
+    o_row, o_r = first + tl.arange(0, TILE)[:, None], o_part + tl.arange(0, PART)[None, :]
+    p_x = x + (i_h.to(tl.int64) * n_rows + o_row) * RANK + o_r
+    return tl.load(p_x, mask=(o_row < n_rows) & (o_r < RANK), other=0.0)

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from .passes import Done, Making, Pass, Recorder
+from .setting import Setting
 
 PASSES = 2048  # at most, each of a few kilobytes
 HERE = nullcontext()
+FILLS = "fill_uninitialized_memory"
 _passes: dict[Hashable, Pass | None] = {}
 _thread = threading.local()
-_filling = threading.Lock()
-_unfilled_passes: list[bool] = []  # under way, in any thread: what torch's setting was before each
+# Whether torch fills new memory under its deterministic switch, which costs up to half of a backward pass. Kernels fill
+# all of what they are given.
+_filling = Setting(*(partial(access, torch.utils.deterministic, FILLS) for access in (getattr, setattr)))
 
 
 def repeated(
@@ -104,28 +107,16 @@ def _place(inputs: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
     return _unfilled(place) if torch.are_deterministic_algorithms_enabled() else place
 
 
+@contextmanager
+def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
+    with _filling.at(False), place:
+        yield
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """A device as the current one."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if elsewhere else HERE
-
-
-@contextmanager
-def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
-    """Under its deterministic switch torch fills new memory, which costs up to half of a backward pass. Kernels fill
-    all of what they are given."""
-    settings: Any = torch.utils.deterministic
-    with _filling:
-        _unfilled_passes.append(settings.fill_uninitialized_memory)
-        settings.fill_uninitialized_memory = False
-    try:
-        with place:
-            yield
-    finally:
-        with _filling:
-            # Only the first found the user's setting, and only the last may restore it.
-            settings.fill_uninitialized_memory = _unfilled_passes[0] if len(_unfilled_passes) == 1 else False
-            _unfilled_passes.pop()
 
 
 def recorder() -> Recorder | None:

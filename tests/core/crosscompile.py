@@ -27,7 +27,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashbias import biased_attention, plan
-from flashbias.kernels import bias_gradients, call, columns, launch
+from flashbias.kernels import bias_gradients, call, columns, expansion, launch
 from flashbias.tiles import Tiles, select
 
 KERNELS = ("forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel")
@@ -184,7 +184,7 @@ def compile_call(arch: int, run: Callable[[], Any], teams: bool = False) -> list
     """Reports of all kernels that `run()` would launch on a device of that architecture, with teams where they can."""
     reports: list[dict[str, Any]] = []
     places = [(launch, name) for name in KERNELS] + [(columns, name) for name in COLUMNS]
-    places += [(bias_gradients, name) for name in BIAS_GRADIENTS]
+    places += [(bias_gradients, name) for name in BIAS_GRADIENTS] + [(expansion, "expansion_kernel")]
     if teams:
         from flashbias.kernels import hopper, hopper_keys, hopper_queries, hopper_values
 

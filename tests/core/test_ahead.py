@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -42,14 +43,14 @@ class Kernel:
         self.compile = compile
         self.compiled: list[str] = []  # the threads that did
 
-    def warmup(self, *, grid: Any, read: Tensor, write: Tensor) -> Compiled:
+    def warmup(self, *, grid: Any, read: Tensor, write: Tensor, **options: Any) -> Compiled:
         if not self.compiled:
             self.compile()
             self.compiled.append(threading.current_thread().name)
         return Compiled()
 
     def __getitem__(self, grid: Any) -> Callable[..., Compiled]:
-        def launch(read: Tensor, write: Tensor) -> Compiled:
+        def launch(read: Tensor, write: Tensor, **options: Any) -> Compiled:
             kernel = self.warmup(grid=grid, read=read, write=write)
             kernel[grid](read, write)
             return kernel
@@ -86,6 +87,14 @@ def test_kernels_of_a_pass_and_of_the_next_one_are_compiled_beside_each_other() 
     assert [len(kernel.compiled) for kernel in kernels] == [1, 1, 1]
     assert all(main not in kernel.compiled for kernel in kernels)
     assert len(kernels[2].known) == 1  # for when it is launched
+
+
+@pytest.mark.usefixtures("_threads")
+def test_threads_take_long_turns_while_kernels_are_compiled() -> None:
+    before, turns = sys.getswitchinterval(), []
+    run(Kernel(lambda: turns.append(sys.getswitchinterval())), Kernel())
+    assert turns == [pytest.approx(ahead.TURN)]
+    assert sys.getswitchinterval() == before
 
 
 @pytest.mark.usefixtures("_threads")

@@ -151,6 +151,9 @@ SHARED = [
         (32, 65, torch.bfloat16), (64, 80, torch.float16), (128, 96, torch.bfloat16),
         (32, 1090, torch.bfloat16), (64, 1152, torch.bfloat16),
     )
+] + [  # and factors that are multiplied out
+    Compilation("factored", rank=rank, c=32, n_k=65, dtype=dtype, teams=True, broadcast="batch", batch=(8,))
+    for rank, dtype in ((96, torch.bfloat16), (70, torch.float16))
 ]  # fmt: skip
 
 
@@ -162,6 +165,7 @@ def test_teams_fit_hopper() -> None:
     found = faults(reports)
     assert not found, f"{len(found)} of {len(reports)} kernels:\n" + "\n".join(found)
     served = {(report["case"], report["kernel"]) for report in reports}
+    assert {case for case, kernel in served if kernel == "expansion_kernel"} == set(SHARED[-2:])
     assert {case for case, kernel in served if kernel == "forward_teams_kernel"} == {*TEAMS, *SHARED}
     assert {case for case, kernel in served if kernel == "values_teams_kernel"} == {
         case for case in SHARED if case.c <= 64

@@ -106,7 +106,7 @@ def test_a_known_kernel_is_launched_by_position() -> None:
     for n in (5, 6):
         arguments = {"n": n, "x": "a tensor"}
         compiled.launch(kernel, (n, 2), arguments, lambda: {"SIZE": 16, "num_warps": 4}, known, "key")
-    assert kernel.searched == [{"n": 5, "x": "a tensor", "SIZE": 16, "num_warps": 4}]
+    assert kernel.searched == [{"n": 5, "x": "a tensor", "SIZE": 16, "num_warps": 4, "enable_fp_fusion": True}]
     assert kernel.known == [((6, 2, 1), "a tensor", 6, 16)]
 
 

@@ -53,7 +53,9 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
-    CHECKED: tl.constexpr = q.ptr.dtype.element_ty == tl.float32  # all keys, in one loop, as the queries' kernel has it
+    # All keys in one loop, as the queries' kernel has it.
+    EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
+    CHECKED: tl.constexpr = unit_rest is not None or (EXACT and RANK > 64)
     if CHECKED:
         whole = 0
     begin = 0
@@ -62,7 +64,6 @@ def forward_kernel(
         begin = tl.program_id(1) * part
         end = tl.minimum(end, begin + part)
         whole = tl.maximum(tl.minimum(whole, end // BLOCK_N * BLOCK_N), begin)
-    EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     # Softmax does not see what is constant along a row: where nothing but the keys' order counts, distances are those
     # to the tile's first row, and the part that a tile's entries have in common is not added to each of them.
     FAR: tl.constexpr = (terms.slopes is not None and terms.q_positions is None) and not SYMMETRIC

@@ -55,7 +55,7 @@ def keys_kernel(
     checked = tl.where(n_first + BLOCK_N > n_keys, n_q, tl.minimum(checked, n_q))
     begin = tl.where(n_first >= n_keys, n_q, begin)
     # All in one loop, as the queries' kernel has it.
-    CHECKED: tl.constexpr = low is not None
+    CHECKED: tl.constexpr = unit_rest is not None or (low is not None and (WIDTH > 64 or terms.table is not None))
     if CHECKED:
         checked = n_q
 

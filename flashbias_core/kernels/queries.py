@@ -65,7 +65,7 @@ def queries_kernel(
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
     # All keys are checked where registers are few: what a second loop needs would stay in them throughout the first.
-    CHECKED: tl.constexpr = EXACT
+    CHECKED: tl.constexpr = unit_rest is not None or (EXACT and WIDTH > 64)
     if CHECKED:
         whole = 0
 

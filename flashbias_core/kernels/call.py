@@ -187,11 +187,8 @@ class Call:
         if planes is None or values is None:
             return None
         tile = [1, tiles.block_m, tiles.block_n]
-        return self.described(values, ("tile", *tile), lambda: TensorDescriptor(values, *planes, tile))
-
-    def described(self, tensor: Tensor, what: Hashable, make: Callable[[], Any]) -> Any:
-        """The tensor descriptor that `make()` gives; of tensors that lie alike, `what`, only the first is checked."""
-        return with_tensor(self.frame.once(what, lambda: without_tensor(make())), tensor)
+        like = self.frame.once(("tile", *tile), lambda: without_tensor(TensorDescriptor(values, *planes, tile)))
+        return with_tensor(like, values)  # of tensors that lie alike only the first is checked
 
     def lie(self, block: Block) -> tuple[list[int], list[int]] | None:
         """Shape and strides of a block as a tensor descriptor reads it; None where hardware could not copy tiles."""

@@ -246,7 +246,7 @@ def descriptor(
 
 
 def _description(dtype: torch.dtype, lie: tuple[list[int], list[int]], rows: int, columns: int) -> Description:
-    """Of a tensor whose lie `call.described` has checked: that of triton costs a tenth of a new length's first call."""
+    """That of a tensor whose lie `call.described` has checked: a check by triton takes the host as long as a launch."""
     kind, fields = _tile(dtype, rows, columns)
     shape, strides = lie
     return kind, fields | {"shape": shape, "strides": strides}

@@ -22,10 +22,10 @@ from . import replay
 from .passes import Recorder
 from .setting import Setting
 
-# Seconds for which a thread keeps Python's interpreter, longer than to trace a kernel takes. Threads that take it from
-# each other every few milliseconds take three times as long.
-TURN = 1.0
-_turn = Setting(sys.getswitchinterval, sys.setswitchinterval)
+# Seconds for which a thread may keep Python's interpreter: as long as to trace a kernel takes. Threads that take it
+# from each other every few milliseconds take three times as long. Other threads of the process wait for it, too.
+TURN = 0.5
+_turns = Setting(sys.getswitchinterval, sys.setswitchinterval, TURN)
 
 
 class Survey(Recorder):
@@ -93,7 +93,7 @@ def compile_missing() -> None:
     getattr(triton.runtime.cache, "triton_key", int)()  # else each thread reads all of triton's files for it at first
     with (
         suppress(Exception),
-        _turn.at(TURN),
+        _turns.held(),
         ThreadPoolExecutor(number) as threads,
         replay.noted_by(Survey(device, threads, made)),
     ):

@@ -46,7 +46,7 @@ def factor_gradients(d_values: Tensor, operands: Operands, names: set[str]) -> d
 
 
 def _in_rows(q_factor: Tensor, k_factor: Tensor) -> Tensor:
-    """The product of factors that all the batch shares, in the dtype of the first."""
+    """The product of factors of one dtype that all the batch shares, in that dtype."""
     q, k = contiguous(q_factor), contiguous(k_factor)
     n_q, n_k, rank = q.shape[-2], k.shape[-2], q.shape[-1]
     q_heads, k_heads = q.numel() // (n_q * rank), k.numel() // (n_k * rank)
@@ -55,7 +55,7 @@ def _in_rows(q_factor: Tensor, k_factor: Tensor) -> Tensor:
     steps = plan.cdiv(n_k, step)
     values = room(q, (heads, n_q, steps * step))
     launch_known(
-        expansion_kernel, (plan.cdiv(n_q, TILE) * plan.cdiv(n_k, TILE), heads), q.device,
+        expansion_kernel, (plan.cdiv(n_q, TILE) * plan.cdiv(n_k, TILE) * heads, 1), q_factor.device,
         {"q": q, "k": k, "values": values, "n_q": n_q, "n_k": n_k, "q_heads": q_heads, "k_heads": k_heads,
          "steps": steps},
         RANK=rank, STEP=step, TILE=TILE, PART=PART,
@@ -75,13 +75,14 @@ def expansion_kernel(
     q, k, values, n_q, n_k, q_heads, k_heads, steps,
     RANK: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `q @ k^T` for one head, in rows of so many steps; zero behind the last key."""
-    i_h, n_tiles = tl.program_id(1), tl.cdiv(n_k, TILE)
-    m_first, n_first = tl.program_id(0) // n_tiles * TILE, tl.program_id(0) % n_tiles * TILE
+    """A tile of `q @ k^T` for one head, in rows of so many steps, which are written whole: nothing reads their ends."""
+    n_m, n_n = tl.cdiv(n_q, TILE), tl.cdiv(n_k, TILE)
+    i_m, i_h = tl.program_id(0) // n_n % n_m, tl.program_id(0) // (n_n * n_m)
+    m_first, n_first = i_m * TILE, tl.program_id(0) % n_n * TILE
     b_values = tl.zeros([TILE, TILE], tl.float32)
     for o_part in tl.range(0, RANK, PART):
         b_q = _load_part(q, i_h % q_heads, m_first, n_q, o_part, RANK, TILE, PART)
-        b_k = _load_part(k, i_h % k_heads, n_first, n_k, o_part, RANK, TILE, PART).to(b_q.dtype)
+        b_k = _load_part(k, i_h % k_heads, n_first, n_k, o_part, RANK, TILE, PART)
         b_values = tl.dot(b_q, tl.trans(b_k), b_values, input_precision="ieee")
     o_m, o_n = m_first + tl.arange(0, TILE)[:, None], n_first + tl.arange(0, TILE)[None, :]
     p_values = values + (i_h.to(tl.int64) * n_q + o_m) * steps * STEP + o_n

@@ -53,7 +53,7 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
-    # All keys in one loop, as the queries' kernel has it.
+    # All keys in one loop: as in the queries' kernel, or because that is faster.
     EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     CHECKED: tl.constexpr = unit_rest is not None or (EXACT and RANK > 64)
     if CHECKED:

@@ -26,7 +26,7 @@ _passes: dict[Hashable, Pass | None] = {}
 _thread = threading.local()
 # Whether torch fills new memory under its deterministic switch, which costs up to half of a backward pass. Kernels fill
 # all of what they are given.
-_filling = Setting(*(partial(access, torch.utils.deterministic, FILLS) for access in (getattr, setattr)))
+_filling = Setting(*(partial(access, torch.utils.deterministic, FILLS) for access in (getattr, setattr)), value=False)
 
 
 def repeated(
@@ -109,7 +109,7 @@ def _place(inputs: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _unfilled(place: AbstractContextManager[Any]) -> Iterator[None]:
-    with _filling.at(False), place:
+    with _filling.held(), place:
         yield
 
 

@@ -9,20 +9,20 @@ from typing import Any
 
 
 class Setting:
-    """One that several threads may change at a time: the first finds the user's value, the last restores it."""
+    """One that is held at a value, by several threads at a time: the first finds the user's, the last restores it."""
 
-    def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
-        self._read, self._write = read, write
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> None:
+        self._read, self._write, self._value = read, write, value
         self._lock, self._holders, self._users = threading.Lock(), 0, None
 
     @contextmanager
-    def at(self, value: Any) -> Iterator[None]:
-        """The setting at a value, the same for all that ask at a time."""
+    def held(self) -> Iterator[None]:
+        """The setting at the value."""
         with self._lock:
             if not self._holders:
                 self._users = self._read()
+            self._write(self._value)
             self._holders += 1
-            self._write(value)
         try:
             yield
         finally:

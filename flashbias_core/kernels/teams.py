@@ -246,7 +246,7 @@ def descriptor(
 
 
 def _description(dtype: torch.dtype, lie: tuple[list[int], list[int]], rows: int, columns: int) -> Description:
-    """That of a tensor whose lie `call.described` has checked: a check by triton takes the host as long as a launch."""
+    """That of a tensor whose lie `call.py` has checked: a check by triton, too, takes the host as long as a launch."""
     kind, fields = _tile(dtype, rows, columns)
     shape, strides = lie
     return kind, fields | {"shape": shape, "strides": strides}

@@ -18,7 +18,7 @@ from cases import Case, build
 from standins import StandIn, tensor_at
 from torch import Tensor
 
-from flashbias import ALiBi, biased_attention, reference
+from flashbias import ALiBi, biased_attention, plan, reference
 from flashbias.kernels import ahead, call, columns, compiled, known, replay
 
 
@@ -148,6 +148,7 @@ CASES = [
     Case("dense_row", "allowed", broadcast="heads", layout="transposed"),
     Case("alibi_positions", "causal_tensor&segments", layout="strided"),
     Case("table", "causal_tensor"),
+    Case("factored", rank=40, dtype=torch.float16, broadcast="batch"),  # multiplied out
 ]
 
 
@@ -175,6 +176,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, _threads: None) -> dict[bool, set[
     call.forget()
     monkeypatch.setattr(ahead.Survey, "compile", lambda *kernel: None)
     monkeypatch.setenv("FLASHBIAS_BACKEND", "triton")
+    monkeypatch.setattr(plan, "expands", lambda query, n_k, *factors: factors[0].shape[-1] >= plan.EXPANDED_RANK)
     return seen
 
 

@@ -26,7 +26,9 @@ _passes: dict[Hashable, Pass | None] = {}
 _thread = threading.local()
 # Whether torch fills new memory under its deterministic switch, which costs up to half of a backward pass. Kernels fill
 # all of what they are given.
-_filling = Setting(*(partial(access, torch.utils.deterministic, FILLS) for access in (getattr, setattr)), value=False)
+_filling = Setting(
+    partial(getattr, torch.utils.deterministic, FILLS), partial(setattr, torch.utils.deterministic, FILLS), False
+)
 
 
 def repeated(

@@ -23,7 +23,7 @@ from .passes import Recorder
 from .setting import Setting
 
 # Seconds for which a thread may keep Python's interpreter: as long as to trace a kernel takes. Threads that take it
-# from each other every few milliseconds take three times as long. Other threads of the process wait for it, too.
+# from each other every few milliseconds take longer, all of them. Other threads of the process wait for it, too.
 TURN = 0.5
 _turns = Setting(sys.getswitchinterval, sys.setswitchinterval, TURN)
 

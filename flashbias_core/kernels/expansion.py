@@ -13,6 +13,7 @@ from flashbias.operands import Operands
 from .call import row_step
 from .known import launch_known
 from .replay import contiguous, reduced, room
+from .terms import Block, dot_features, load_rows
 
 FACTORS = ("q_factor", "k_factor")
 TILE, PART = 64, 32  # of the values, and columns at a time
@@ -56,11 +57,16 @@ def _in_rows(q_factor: Tensor, k_factor: Tensor) -> Tensor:
     values = room(q, (heads, n_q, steps * step))
     launch_known(
         expansion_kernel, (plan.cdiv(n_q, TILE) * plan.cdiv(n_k, TILE) * heads, 1), q_factor.device,
-        {"q": q, "k": k, "values": values, "n_q": n_q, "n_k": n_k, "q_heads": q_heads, "k_heads": k_heads,
+        {"q": _rows(q), "k": _rows(k), "values": values, "n_q": n_q, "n_k": n_k, "q_heads": q_heads, "k_heads": k_heads,
          "steps": steps},
         RANK=rank, STEP=step, TILE=TILE, PART=PART,
     )  # fmt: skip
     return values[..., :n_k]
+
+
+def _rows(factor: Tensor) -> Block:
+    """The rows of all heads, one after the other."""
+    return Block(factor, 0, 0, 0, factor.shape[-1])
 
 
 def _product(a: Tensor, b: Tensor, shape: torch.Size | None = None) -> Tensor:
@@ -77,21 +83,14 @@ def expansion_kernel(
 ):  # fmt: skip
     """A tile of `q @ k^T` for one head, in rows of so many steps, which are written whole: nothing reads their ends."""
     n_m, n_n = tl.cdiv(n_q, TILE), tl.cdiv(n_k, TILE)
-    i_m, i_h = tl.program_id(0) // n_n % n_m, tl.program_id(0) // (n_n * n_m)
+    i_m, i_h = tl.program_id(0) // n_n % n_m, (tl.program_id(0) // (n_n * n_m)).to(tl.int64)
+    i_q, i_k = i_h % q_heads, i_h % k_heads
     m_first, n_first = i_m * TILE, tl.program_id(0) % n_n * TILE
     b_values = tl.zeros([TILE, TILE], tl.float32)
     for o_part in tl.range(0, RANK, PART):
-        b_q = _load_part(q, i_h % q_heads, m_first, n_q, o_part, RANK, TILE, PART)
-        b_k = _load_part(k, i_h % k_heads, n_first, n_k, o_part, RANK, TILE, PART)
-        b_values = tl.dot(b_q, tl.trans(b_k), b_values, input_precision="ieee")
+        b_q = load_rows(q, 0, 0, 0, i_q * n_q + m_first, (i_q + 1) * n_q, TILE, RANK, PART, True, o_part)
+        b_k = load_rows(k, 0, 0, 0, i_k * n_k + n_first, (i_k + 1) * n_k, TILE, RANK, PART, True, o_part)
+        b_values = dot_features(b_q, b_k, b_values, "ieee")
     o_m, o_n = m_first + tl.arange(0, TILE)[:, None], n_first + tl.arange(0, TILE)[None, :]
-    p_values = values + (i_h.to(tl.int64) * n_q + o_m) * steps * STEP + o_n
+    p_values = values + (i_h * n_q + o_m) * steps * STEP + o_n
     tl.store(p_values, b_values.to(values.dtype.element_ty), mask=(o_m < n_q) & (o_n < steps * STEP))
-
-
-@triton.jit
-def _load_part(x, i_h, first, n_rows, o_part, RANK: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr):
-    """Columns `o_part ...` of rows `first ...` of a head, `[TILE, PART]`; zero beyond both ends."""
-    o_row, o_r = first + tl.arange(0, TILE)[:, None], o_part + tl.arange(0, PART)[None, :]
-    p_x = x + (i_h.to(tl.int64) * n_rows + o_row) * RANK + o_r
-    return tl.load(p_x, mask=(o_row < n_rows) & (o_r < RANK), other=0.0)

@@ -246,7 +246,7 @@ def descriptor(
 
 
 def _description(dtype: torch.dtype, lie: tuple[list[int], list[int]], rows: int, columns: int) -> Description:
-    """That of a tensor whose lie `call.py` has checked: a check by triton, too, takes the host as long as a launch."""
+    """That of a tensor whose lie `call.py` has checked, which triton would do again at every new length."""
     kind, fields = _tile(dtype, rows, columns)
     shape, strides = lie
     return kind, fields | {"shape": shape, "strides": strides}

@@ -18,7 +18,7 @@ class Tiles:
     columns: the number of factor columns that get a gradient is rounded up to a multiple of it. Narrow products spread
     badly over many warps: 64 columns can need fewer registers than 16.
     registers: a thread's, at most, where fewer than the compiler would take let one more block run beside; or ROOM,
-    where triton 3.9 would take so few for that that it spills some; or 0.
+    where triton 3.9 would take so few for that that it spills some; or, where 3.6 would too, more than ROOM; or 0.
     teams: of warps, each with a tile of queries of its own, or of a row of the batch, beside one warp that loads
     (kernels/teams.py); or 0. Then `registers` are those of a thread on the average.
     """
@@ -44,7 +44,8 @@ class Tiles:
             spare = self.registers * 4 * (self.teams + 1) - LOADER * 4
             options |= {"TEAMS": self.teams, "REGISTERS": spare // (4 * self.teams) // 8 * 8, "STAGES": self.num_stages}
         # Without teams versions of the compiler but 3.6 need more, and would spill them; 3.6 needs no ROOM.
-        capped = self.registers and (self.teams or (self.registers == ROOM) != (triton_version() == (3, 6)))
+        own = self.registers > ROOM or (self.registers == ROOM) != (triton_version() == (3, 6))
+        capped = self.registers and (self.teams or own)
         return options | {"maxnreg": self.registers} if capped else options
 
 
@@ -129,18 +130,21 @@ TILES = {
         "values table ids":  "32x32/4/2     32x32/4/2     32x16/4/2     16x16/8/1/64",
     },
     "hopper fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
-        "forward":                "32x32/2/2/16/248  32x32/4/1         32x32/8/1         32x16/8/1",
-        "forward rank":           "32x32/8/1         16x32/8/1         16x16/4/1         32x16/8/1",
-        "forward table":          "16x16/4/1         16x16/8/1         16x16/8/1         16x16/8/1",
-        "forward positions":      "32x32/2/2/16/248  32x32/4/1         16x32/8/1/16/248  32x16/8/1",
-        "queries":                "32x16/2/1/32      32x16/4/1/64      16x32/8/1/64      16x16/8/1/64",
-        "queries rank":           "16x16/4/1/64/248  16x16/8/1/64      16x16/4/1/64      16x16/8/1/64",
-        "queries factors":        "32x16/2/1/32      16x32/4/1/64      16x32/8/1/64/248  16x16/8/1/64",
-        "queries table":          "16x16/8/1/64      16x16/8/1/64      16x16/8/1/64      16x16/8/1/64",
-        "keys":                   "16x32/2/1/32/248  16x32/4/1/64      16x32/8/1/64      16x16/8/1/64",
-        "keys rank":              "16x16/4/1/64/248  16x16/8/1/64/248  16x16/4/1/64      16x16/8/1/64",
-        "keys table":             "16x16/8/1/64/248  16x16/8/1/64      16x16/8/1/64      16x16/8/1/64",
-        "values":                 "32x32/4/1         16x32/8/1         32x32/4/1         32x32/4/1",
+        "forward":                "32x32/2/2/16/248  32x32/4/1         16x32/4/1         16x16/4/1",
+        "forward rank":           "32x32/2/1/16/248  32x32/4/1         16x16/4/1         32x16/8/1",
+        "forward table":          "32x16/2/1         16x32/4/1         16x32/4/1         16x16/8/1",
+        "queries":                "32x16/2/1/32      16x32/4/1/64      16x32/4/1/64      16x16/8/1/64",
+        "queries slopes":         "32x16/2/1/32      16x32/4/1/64      16x32/8/1/64      16x16/8/1/64",
+        "queries rank":           "16x16/2/1/32/252  16x16/4/1/64/248  16x16/4/1/64      16x16/8/1/64",
+        "queries factors":        "32x16/2/1/16      16x32/4/1/32      16x32/8/1/64/248  16x16/8/1/64",
+        "queries table":          "16x16/2/1/16      16x32/4/1/64      16x16/8/1/64      16x16/8/1/64",
+        "keys":                   "16x16/2/1/16/255  16x32/4/1/64      16x32/4/1/64      16x16/8/1/64",
+        "keys factors allowed":   "16x16/2/1/32/255  16x16/4/1/64/255  16x32/8/1/64      16x16/8/1/64",
+        "keys factors":           "16x16/2/1/32/255  16x32/4/1/64      16x32/8/1/64      16x16/8/1/64",
+        "keys rank":              "16x16/2/1/32/248  16x16/4/1/64/248  16x16/4/1/64      16x16/8/1/64",
+        "keys table":             "16x16/2/1/16      16x32/4/1/64      16x16/4/1/64      16x16/8/1/64",
+        "values":                 "32x32/2/1         16x32/4/1         16x32/4/1         32x32/4/1",
+        "values allowed":         "32x32/4/1         16x32/8/1         32x32/4/1         32x32/4/1",
         "values table":           "16x16/4/1         16x16/8/1         16x16/8/1         16x16/8/1",
         "double forward":         "32x16/4/1         16x32/4/1         16x16/8/1         16x16/8/1/16/248",
         "double forward rank":    "16x16/4/1         16x16/4/1         16x16/4/1         16x16/8/1/16/248",
@@ -205,6 +209,8 @@ def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Map
         "table ids": constants["TABLE"] and constants["POSITIONS"],
         "pairs": pairs,
         "table": constants["TABLE"],
+        "allowed": constants["ALLOWED"],
+        "factors allowed": rank > 0 and constants["ALLOWED"],
         "factors": rank > 0,
         "positions": constants["POSITIONS"],
         "slopes": constants["SLOPES"],

@@ -53,10 +53,8 @@ def forward_kernel(
     o_m = (m_first + tl.arange(0, BLOCK_M))[:, None]
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
-    # All keys in one loop: as in the queries' kernel, or because that is faster.
     EXACT: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
-    CHECKED: tl.constexpr = unit_rest is not None or (EXACT and RANK > 64)
-    if CHECKED:
+    if EXACT:  # in one loop, as the queries' kernel has it
         whole = 0
     begin = 0
     if IN_PARTS:
@@ -82,7 +80,7 @@ def forward_kernel(
     to_log2 = unit * LOG2_E
     lowest = LOWEST / tl.maximum(to_log2, 1.0)  # finite also times to_log2
 
-    for phase in tl.static_range(1 if CHECKED else 0, 2):
+    for phase in tl.static_range(1 if EXACT else 0, 2):
         first = whole if phase == 1 else begin
         last = end if phase == 1 else whole
         # A loop that is not entered would have started to load. Long rows do not feel it, and run out of registers.

@@ -54,9 +54,8 @@ def keys_kernel(
         checked = tl.maximum(tl.cdiv(tl.maximum(n_first + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M, begin)
     checked = tl.where(n_first + BLOCK_N > n_keys, n_q, tl.minimum(checked, n_q))
     begin = tl.where(n_first >= n_keys, n_q, begin)
-    # All in one loop: as in the queries' kernel, or because that is faster.
-    CHECKED: tl.constexpr = unit_rest is not None or (low is not None and (WIDTH > 64 or terms.table is not None))
-    if CHECKED:
+    EXACT: tl.constexpr = low is not None
+    if EXACT:  # in one loop, as the queries' kernel has it
         checked = n_q
 
     b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
@@ -69,12 +68,12 @@ def keys_kernel(
     if GRADIENT_RANK > 0:
         b_d_columns = tl.zeros([BLOCK_N, GRADIENT_RANK], d_columns.dtype.element_ty)
 
-    for phase in tl.static_range(1 if CHECKED else 2):
+    for phase in tl.static_range(1 if EXACT else 2):
         for m_first in tl.range(begin if phase == 0 else checked, checked if phase == 0 else n_q, BLOCK_M):
             o_row = m_first + tl.arange(0, BLOCK_M)
             o_m = o_row[None, :]
             b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
-            if low is None:
+            if not EXACT:
                 b_s = products(
                     b_k, b_q, k, q, b_k_columns, terms.k_columns, terms.q_columns, i_o, i_i, i_h, i_kv, i_h,
                     n_first, m_first, n_keys, n_q, unit, BLOCK_N, BLOCK_M, C, RANK, CHUNK, FOLDED, PRECISION, SUMS,
@@ -104,11 +103,11 @@ def keys_kernel(
                 b_s, masks, i_o, i_i, i_h, o_m, o_n, m_first, n_first, n_q, n_keys, offset, CAUSAL, phase == 0
             )
             b_level, b_low, b_delta, b_delta_low = load_statistics(level, delta, low, i_bh, o_row, n_q)
-            b_p = probabilities(b_s, b_level[None, :], b_low[None, :], unit, low is not None)
+            b_p = probabilities(b_s, b_level[None, :], b_low[None, :], unit, EXACT)
             b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
             if d_value is not None:
                 b_d_value = add_product(b_d_value, b_p.to(b_d_out.dtype), b_d_out, PRECISION)  # [N, M] @ [M, Cv]
-            if low is None:
+            if not EXACT:
                 b_dp = dot_features(b_v, b_d_out, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             else:
                 b_dp = dot_rows(
@@ -116,7 +115,7 @@ def keys_kernel(
                     m_first, n_first, n_q, n_keys, C_V, PRECISION, SUMS,
                 )  # fmt: skip
                 b_dp = tl.trans(b_dp)
-            b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_delta_low[None, :], low is not None)
+            b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_delta_low[None, :], EXACT)
             if d_key is not None:
                 b_d_key = add_product(b_d_key, b_ds.to(b_q.dtype), b_q, PRECISION)  # [N, M] @ [M, C]
             if GRADIENT_RANK > 0:

@@ -65,8 +65,7 @@ def queries_kernel(
     offset = diagonal(masks, i_o, i_i, offset)
     n_keys, whole, end = key_range(masks, i_o, i_i, m_first, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
     # All keys are checked where registers are few: what a second loop needs would stay in them throughout the first.
-    CHECKED: tl.constexpr = unit_rest is not None or (EXACT and WIDTH > 64)
-    if CHECKED:
+    if EXACT:
         whole = 0
 
     b_q = load_rows(q, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C, WIDTH, True)
@@ -89,7 +88,7 @@ def queries_kernel(
         near_begin, near_end = near_keys(n_q, m_first & -BAND, terms.reach, offset)
         b_before, b_total_before, b_until, b_total_until = b_excess, b_excess, b_excess, b_excess
 
-    for phase in tl.static_range(1 if CHECKED else 0, 2):
+    for phase in tl.static_range(1 if EXACT else 0, 2):
         for n_first in tl.range(whole if phase == 1 else 0, end if phase == 1 else whole, BLOCK_N):
             o_n = (n_first + tl.arange(0, BLOCK_N))[None, :]
             b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, phase == 1)

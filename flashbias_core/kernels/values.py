@@ -74,6 +74,8 @@ def tile_gradient(
         b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
         m_first, n_first, n_q, n_keys, C_V, PRECISION, SUMS,
     )  # fmt: skip
+    if low is not None:  # where there are no keys, what was read of values may be NaN
+        b_dp = tl.where(o_n < n_keys, b_dp, 0.0)
     return score_gradient(b_p, b_dp, b_delta[:, None], b_delta_low[:, None], low is not None)
 
 

@@ -345,6 +345,24 @@ def test_points_that_are_padding_stand_anywhere(dtype: torch.dtype, place: str) 
     compare(attend, leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nothing_beyond_the_lengths_is_read(dtype: torch.dtype, place: str) -> None:
+    """Not where there are no keys at all, nor where the bias itself is given gradients, which have places there."""
+    query, key, value = (torch.randn(3, 2, 37, 16, device=place).to(dtype) for _ in range(3))
+    lengths = torch.tensor([0, 20, 37], device=place)
+    values = torch.randn(3, 2, 37, 37, device=place)
+    results = []
+    for filler in (0.0, torch.nan):
+        beyond = (torch.arange(37, device=place) >= lengths[:, None])[:, None, :, None]
+        leaves = [query.clone(), key.masked_fill(beyond, filler), value.masked_fill(beyond, filler), values.clone()]
+        *rows, matrix = (leaf.requires_grad_() for leaf in leaves)
+        out, lse = biased_attention(*rows, DenseBias(matrix), mask=KeyPadding(lengths), return_lse=True)
+        results.append((out, lse, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for result, first in zip(*results, strict=True):
+        assert torch.equal(result, first)
+        assert not first.isnan().any()
+
+
 def test_small_integers(place: str) -> None:
     query, key, value = (torch.randn(1, 2, 20, 16, device=place) for _ in range(3))
     ids = torch.arange(20, device=place, dtype=torch.uint8) // 10 + 254

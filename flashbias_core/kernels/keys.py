@@ -11,6 +11,7 @@ from .terms import (
     add_matrix,
     add_product,
     add_table,
+    among,
     diagonal,
     dot_features,
     dot_rows,
@@ -58,11 +59,12 @@ def keys_kernel(
     if EXACT:  # in one loop, as the queries' kernel has it
         checked = n_q
 
-    b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
+    k_first = among(n_first, n_keys)
+    b_k = load_rows(k, i_o, i_i, i_kv, k_first, n_keys, BLOCK_N, C, WIDTH, True)
     b_k_columns = b_k
     if RANK > 0 and RANK == CHUNK:
         b_k_columns = load_chunk(terms.k_columns, 0, i_o, i_i, i_h, n_first, n_keys, BLOCK_N, CHUNK, True)
-    b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
+    b_v = load_rows(v, i_o, i_i, i_kv, k_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
     b_d_key = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     b_d_value = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
     if GRADIENT_RANK > 0:

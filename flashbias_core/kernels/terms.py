@@ -87,6 +87,12 @@ def start_of(x, i_o, i_i, i_h):
 
 
 @triton.jit
+def among(first, n_rows):
+    """The first row of a block, or the last that there is: for blocks that may lie beyond."""
+    return tl.minimum(first, tl.maximum(n_rows - 1, 0))
+
+
+@triton.jit
 def load_rows(
     x, i_o, i_i, i_h, first, n_rows, BLOCK: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
     o_from=0,
@@ -94,16 +100,14 @@ def load_rows(
     """Rows `first ...` of `x` and their features `o_from ...`, `[BLOCK, WIDTH]`, zero beyond C features.
 
     Beyond `n_rows` (where CHECK) zero too, but in fp32 the last row again, or the first where there is none: that
-    takes no longer than rows unchecked, and fewer registers than a mask.
+    takes no longer than rows unchecked, and fewer registers than a mask. `first` is near them then (`among`).
     """
     REPEATED: tl.constexpr = CHECK and x.ptr.dtype.element_ty == tl.float32
-    o_row = tl.arange(0, BLOCK)[:, None]
-    if REPEATED:
-        last = tl.maximum(n_rows - 1, 0)
-        first = tl.minimum(first, last)
-        o_row = tl.minimum(o_row, last - first)
     # Only the start is computed in 64 bits: within a block 32 do.
     p_x = start_of(x, i_o, i_i, i_h) + tl.cast(first, tl.int64) * x.row
+    o_row = tl.arange(0, BLOCK)[:, None]
+    if REPEATED:
+        o_row = tl.minimum(o_row, tl.maximum(n_rows - 1, 0) - first)
     o_c = o_from + tl.arange(0, WIDTH)[None, :]
     p_x += o_row * x.row + o_c
     if CHECK and not REPEATED:

@@ -10,6 +10,7 @@ from .terms import (
     add_distances,
     add_matrix,
     add_table,
+    among,
     diagonal,
     dot_rows,
     first_key_beyond,
@@ -53,10 +54,11 @@ def tile_gradient(
     b_q_columns = b_q
     if RANK > 0 and RANK == CHUNK:
         b_q_columns = load_chunk(terms.q_columns, 0, i_o, i_i, i_h, m_first, n_q, BLOCK_M, CHUNK, True)
-    b_k = load_rows(k, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C, WIDTH, True)
+    k_first = among(n_first, n_keys)
+    b_k = load_rows(k, i_o, i_i, i_kv, k_first, n_keys, BLOCK_N, C, WIDTH, True)
     b_s = products(
         b_q, b_k, q, k, b_q_columns, terms.q_columns, terms.k_columns, i_o, i_i, i_h, i_h, i_kv,
-        m_first, n_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, SUMS, True,
+        m_first, k_first, n_q, n_keys, unit, BLOCK_M, BLOCK_N, C, RANK, CHUNK, FOLDED, PRECISION, SUMS, True,
         DTYPE,
     )  # fmt: skip
     b_s = add_distances(
@@ -69,10 +71,10 @@ def tile_gradient(
     b_level, b_low, b_delta, b_delta_low = load_statistics(level, delta, low, i_bh, o_row, n_q)
     b_p = probabilities(b_s, b_level[:, None], b_low[:, None], unit, low is not None)
     b_d_out = load_rows(d_out, i_o, i_i, i_h, m_first, n_q, BLOCK_M, C_V, WIDTH_V, True)
-    b_v = load_rows(v, i_o, i_i, i_kv, n_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
+    b_v = load_rows(v, i_o, i_i, i_kv, k_first, n_keys, BLOCK_N, C_V, WIDTH_V, True)
     b_dp = dot_rows(
         b_d_out, b_v, d_out, v, tl.zeros([BLOCK_M, BLOCK_N], DTYPE), i_o, i_i, i_h, i_kv,
-        m_first, n_first, n_q, n_keys, C_V, PRECISION, SUMS,
+        m_first, k_first, n_q, n_keys, C_V, PRECISION, SUMS,
     )  # fmt: skip
     if low is not None:  # where there are no keys, what was read of values may be NaN
         b_dp = tl.where(o_n < n_keys, b_dp, 0.0)

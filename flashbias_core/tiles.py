@@ -44,8 +44,8 @@ class Tiles:
             spare = self.registers * 4 * (self.teams + 1) - LOADER * 4
             options |= {"TEAMS": self.teams, "REGISTERS": spare // (4 * self.teams) // 8 * 8, "STAGES": self.num_stages}
         # Without teams versions of the compiler but 3.6 need more, and would spill them; 3.6 needs no ROOM.
-        own = self.registers > ROOM or (self.registers == ROOM) != (triton_version() == (3, 6))
-        capped = self.registers and (self.teams or own)
+        general = self.registers > ROOM or (self.registers == ROOM) != (triton_version() == (3, 6))
+        capped = self.registers and (self.teams or general)
         return options | {"maxnreg": self.registers} if capped else options
 
 

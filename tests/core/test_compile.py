@@ -1,6 +1,6 @@
 """The kernels, compiled for every architecture of the contract: they fit its shared memory and spill no register.
 
-In the whole of the full product some of fp32 still do (docs/kernels.md, "Open").
+In the whole of the full product a few of fp32 still do (docs/kernels.md, "Open").
 
 Compilers need no GPU. They do need processes without TRITON_INTERPRET, which these tests start.
 """

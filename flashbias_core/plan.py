@@ -239,7 +239,12 @@ def key_splits(programs: int, n_k: int, device: torch.device) -> int:
 
 def width(size: int) -> int:
     """The inner width of a tensor-core product over `size` features."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_2(size))
+
+
+def power_of_2(size: int) -> int:
+    """The first that is not smaller."""
+    return 1 << (size - 1).bit_length()
 
 
 def chunk(rank: int) -> int:

@@ -115,12 +115,7 @@ def _frame(
         "n_q": n_q, "n_k": n_k, "n_inner": layout.inner, "n_heads": heads, "group": heads // max(key.shape[-3], 1),
         "offset": offset, "unit": scale,
     }  # fmt: skip
-    constants = {
-        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
-        "CHUNK": plan.chunk(rank), "FOLDED": folded, "CAUSAL": causal, "SYMMETRIC": symmetric,
-        "PRECISION": plan.precision(query.dtype, plan.width(max(c, c_v)), device),
-        "SUMS": plan.sums_doubles(query.dtype, device),
-    }  # fmt: skip
+    constants = _constants(device, query.dtype, c, c_v, rank, folded, causal, symmetric)
     traits = {
         "LONG": n_k >= plan.LONG and "values" not in given,  # a dense bias takes registers too
         "DENSE": "values" in given,
@@ -147,15 +142,28 @@ def _frame(
     traits["PLAIN"] = plain and None not in tensors.values()
     reach = lie["table"].shape[-1] // 2 if "table" in lie else None
     seen = tuple((name, known.dtype, known.place, kind(strides[name])) for name, known in lie.items())
-    code = device, *constants.items(), planes is None, kind(reach), *map(size_kind, sizes.values()), *seen
+    code = device, *constants.values(), planes is None, kind(reach), *map(size_kind, sizes.values()), *seen
     # Of what is copied first the strides are not known yet.
     compiled = {} if None in strides.values() else _COMPILED.setdefault(code, {})
     return Frame(layout, tuple(map(strides.get, AXES)), planes, tensors, sizes, constants, constants | traits, compiled)
 
 
+@lru_cache(maxsize=FRAMES)
+def _constants(
+    device: torch.device, dtype: torch.dtype, c: int, c_v: int, rank: int, folded: bool, causal: bool, symmetric: bool
+) -> dict[str, Any]:
+    """Constants of all kernels of a call, the same for all lengths."""
+    return {
+        "C": c, "C_V": c_v, "RANK": rank, "WIDTH": plan.width(c), "WIDTH_V": plan.width(c_v),
+        "CHUNK": plan.chunk(rank), "FOLDED": folded, "CAUSAL": causal, "SYMMETRIC": symmetric,
+        "PRECISION": plan.precision(dtype, plan.width(max(c, c_v)), device), "SUMS": plan.sums_doubles(dtype, device),
+    }  # fmt: skip
+
+
 def forget() -> None:
     """Decide anew how calls are made; kernels stay compiled."""
     _frame.cache_clear()
+    _constants.cache_clear()
     replay.forget()
 
 
@@ -311,17 +319,15 @@ def described(
     known: Geometry, strides: tuple[int, int, int, int] | None, layout: Layout
 ) -> tuple[list[int], list[int]] | None:
     """Shape and strides over outer and inner batch, head, row, column; None where hardware could not copy tiles."""
-    if (
-        strides is None
-        or not strides[3]
-        or known.place
-        or any(stride * known.dtype.itemsize % 16 for stride in strides)
-    ):
+    if strides is None or known.place:
+        return None
+    outer, inner, head, row = strides
+    if not row or (outer | inner | head | row) * known.dtype.itemsize % 16:  # one that is no multiple of 16 bytes
         return None
     heads, n_rows, columns = (1, *known.shape)[-3:]
-    sizes = [size if stride else 1 for size, stride in zip((layout.outer, layout.inner, heads), strides, strict=False)]
+    sizes = layout.outer if outer else 1, layout.inner if inner else 1, heads if head else 1
     # Of a dimension of size 1 the stride is of no use, but has to be one.
-    return [*sizes, n_rows, columns], [*(stride or strides[3] for stride in strides), 1]
+    return [*sizes, n_rows, columns], [outer or row, inner or row, head or row, row, 1]
 
 
 def _count_planes(strides: tuple[int, int, int, int] | None, plane: int) -> tuple[int, int, int, int]:

@@ -118,17 +118,22 @@ def _interpret(kernel: Any, names: list[str], *values: Any) -> None:
 
 def kinds(kernel: Any, arguments: dict[str, Any]) -> tuple[Hashable, ...]:
     """What a kernel's compiled code can depend on in arguments; those in capitals are constants of it."""
-    sizes = _unspecialized(kernel)
-    return tuple(
-        value if name.isupper() else size_kind(value) if name in sizes else kind(value)
-        for name, value in arguments.items()
-    )
+    depends = _depends(kernel)
+    found = [depends.get(name, _itself if name.isupper() else kind)(value) for name, value in arguments.items()]
+    return tuple(found)
 
 
 @cache
-def _unspecialized(kernel: Any) -> frozenset[str]:
-    """The arguments by whose numbers a kernel is not specialized."""
-    return frozenset(parameter.name for parameter in getattr(kernel, "params", ()) if parameter.do_not_specialize)
+def _depends(kernel: Any) -> dict[str, Callable[[Any], Hashable]]:
+    """By which function what matters in an argument is found, for those of a kernel's arguments that are known."""
+    return {
+        parameter.name: _itself if parameter.name.isupper() else size_kind if parameter.do_not_specialize else kind
+        for parameter in getattr(kernel, "params", ())
+    }
+
+
+def _itself(value: Hashable) -> Hashable:
+    return value
 
 
 def size_kind(size: int | float) -> Hashable:
@@ -138,12 +143,14 @@ def size_kind(size: int | float) -> Hashable:
 
 def kind(argument: Any) -> Hashable:
     """What compiled code can depend on in an argument: of a number no more than triton's specializations."""
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    if argument is None or isinstance(argument, bool):
+        return argument
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, Block):
         return kind(argument.ptr), *map(kind, argument.stride)
     if isinstance(argument, tuple):
         return tuple(map(kind, argument))
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return "float" if isinstance(argument, float) else argument

@@ -31,8 +31,8 @@ def _gated(gate: Tensor, out: Tensor, unit: Tensor | None) -> Tensor:
     gate, out = gate.reshape(-1, heads, n, c), out.reshape(-1, heads, n, c)
     g_batch, g_head, g_row, g_column = gate.stride()
     o_batch, o_head, o_row, o_column = out.stride()
-    width = triton.next_power_of_2(c)
-    rows = min(max(ENTRIES // width, 1), triton.next_power_of_2(n))
+    width = plan.power_of_2(c)
+    rows = min(max(ENTRIES // width, 1), plan.power_of_2(n))
     blocks = plan.cdiv(n, rows)
     launch_known(
         gate_kernel, (out.shape[0] * blocks * heads, 1), gate.device,

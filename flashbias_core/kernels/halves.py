@@ -53,10 +53,10 @@ def _as_halves(
     arguments: dict[str, Any] = inputs | {"n_q": n_q, "n_k": n_k}
     for name, x in inputs.items():
         arguments |= {f"{name[0]}_{along}": stride for along, stride in zip(DIMENSIONS, x.stride(), strict=True)}
-    width = triton.next_power_of_2(c)
+    width = plan.power_of_2(c)
     rows = max(ENTRIES // width, 1)
     number, blocks = lead.numel(), plan.cdiv(max(n_q, n_k), rows)
-    shares = min(triton.next_power_of_2(plan.cdiv(PROGRAMS, 3 * number)), triton.next_power_of_2(blocks), MAX_SHARES)
+    shares = min(plan.power_of_2(plan.cdiv(PROGRAMS, 3 * number)), plan.power_of_2(blocks), MAX_SHARES)
     arguments |= {"most": room(query, (3, number, shares))}
     sizes = {"HEADS": heads, "SHARES": shares, "C": c, "WIDTH": width, "ROWS": rows}
     launch_known(most_kernel, (number, 3 * shares), query.device, arguments, **sizes)

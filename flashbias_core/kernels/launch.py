@@ -135,7 +135,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, operands: Operands, scal
             combine_kernel, (lse.numel(), 1), out_parts=parts[0], lse_parts=parts[1], out=out, lse=lse,
             n_splits=splits, n_q=query.shape[-2], n_heads=query.shape[-3], C_V=value.shape[-1],
             WIDTH_V=call.frame.constants["WIDTH_V"], ABREAST=abreast(query),
-            BLOCK=1 << (splits - 1).bit_length(),
+            BLOCK=plan.power_of_2(splits),
         )  # fmt: skip
     return out, lse
 

@@ -88,15 +88,17 @@ class Layout:
         if axes.column and known.stride[-1] != 1 and known.shape[-1] > 1:
             return None
         steps = self._steps(known, axes)
-        if self._breaks(steps) - {self.split}:
+        if len(self.batch) > 2 and self._breaks(steps) - {self.split}:
             return None
-        dims = range(len(self.batch))
-        outer, inner = (
-            next((steps[d] for d in reversed(part) if self.batch[d] != 1), 0)
-            for part in (dims[: self.split], dims[self.split :])
-        )
-        rest = iter(steps[len(self.batch) :])
-        head, row = next(rest) if axes.head else 0, next(rest) if axes.row else 0
+        outer = inner = 0
+        for d, size in enumerate(self.batch):
+            if size != 1 and d < self.split:
+                outer = steps[d]
+            elif size != 1:
+                inner = steps[d]
+        rest = len(self.batch)
+        head = steps[rest] if axes.head else 0
+        row = steps[rest + axes.head] if axes.row else 0
         return None if _are_far_apart(row, known, axes) else (outer, inner, head, row)
 
     def block(self, tensor: Tensor, axes: Axes = Axes()) -> Block:  # noqa: B008 - it cannot be changed

@@ -39,7 +39,7 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         rows = x.reshape(-1, c)[None].contiguous()
     batch, n, _ = rows.shape
     x_batch, x_row, x_column = rows.stride()
-    width = triton.next_power_of_2(c)
+    width = plan.power_of_2(c)
     tile = max(ENTRIES // width, 1)
     launch_known(
         norm_kernel, (plan.cdiv(n, tile), batch), x.device,

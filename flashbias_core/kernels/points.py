@@ -6,8 +6,6 @@ box and the largest weight also bound the factors, which can then be written as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -55,7 +53,7 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None, dtype
         batch = q_batch  # columns of keys depend on the weights
     exact = torch.promote_types(torch.promote_types(x_q.dtype, x_k.dtype), torch.promote_types(dtype, torch.float32))
     columns = d + 2 if unit is None else padded(HALVES * (d + 2))
-    width = triton.next_power_of_2(d + 2)
+    width = plan.power_of_2(d + 2)
     rows = max(ENTRIES // width, 1)
     sides = 1 if x_k is x_q else 2
     shares = min(SHARES, rows)
@@ -63,9 +61,11 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None, dtype
     box = room(x_q, (*batch, BOX.value, parts * d), exact)
     heaviest = None if unit is None else room(x_q, (*batch, parts), torch.float32)
     q, k = _folded(x_q, batch), _folded(x_k, batch)
-    w = _folded(weight.expand(*weight.shape[:-1], n_q), q_batch)
+    w = _folded(weight if weight.shape[-1] == n_q else weight.expand(*weight.shape[:-1], n_q), q_batch)
     points = {"x_q": q, "x_k": k, "weight": w, "heaviest": heaviest, "n_q": n_q, "n_k": n_k, "n_heads": heads}
-    points |= _strides("q", q, "row", "column") | _strides("k", k, "row", "column") | _strides("w", w, "head", "row")
+    points |= _strides(q, "q_batch", "q_row", "q_column")
+    points |= _strides(k, "k_batch", "k_row", "k_column")
+    points |= _strides(w, "w_batch", "w_head", "w_row")
     launch_known(
         box_kernel, (batch.numel(), parts), x_q.device, points | {"box": box},
         SIDES=sides, D=d, WIDTH=width, ROWS=rows, WEIGHTS=ENTRIES,
@@ -75,13 +75,14 @@ def _factors(x_q: Tensor, x_k: Tensor, weight: Tensor, unit: float | None, dtype
     q_box = _folded(box, q_batch)
     if q_batch != batch:
         q = _folded(x_q, q_batch)
-    width = triton.next_power_of_2(columns)
+        points |= _strides(q, "q_batch", "q_row", "q_column") | {"x_q": q}
+    width = plan.power_of_2(columns)
     rows = max(WRITTEN // (1 if unit is None else 2) // width, 1)
     q_programs = q_factor.shape[:-2].numel() * plan.cdiv(n_q, rows)
     launch_known(
         factors_kernel, (q_programs + batch.numel() * plan.cdiv(n_k, rows), 1), x_q.device,
-        points | _strides("q", q, "row", "column")
-        | {"x_q": q, "q_box": q_box, "k_box": box, "b_batch": q_box.stride(0), "q_factor": q_factor,
+        points
+        | {"q_box": q_box, "k_box": box, "b_batch": q_box.stride(0), "q_factor": q_factor,
            "k_factor": k_factor, "n_parts": parts, "q_programs": q_programs, "unit": 1.0 if unit is None else unit},
         D=d, COLUMNS=columns, WIDTH=width, ROWS=rows, BOXES=sides * shares, HALVES=HALVES, Q_LOW=Q_LOW, K_LOW=K_LOW,
     )  # fmt: skip
@@ -93,9 +94,12 @@ def _joint(a: torch.Size, b: torch.Size) -> torch.Size:
     return a if a == b else torch.broadcast_shapes(a, b)
 
 
-def _folded(x: Tensor, batch: Sequence[int]) -> Tensor:
+def _folded(x: Tensor, batch: torch.Size) -> Tensor:
     """With all of the batch as one dimension before two others; copied where it does not fold into one."""
-    x = x.expand(*batch, *x.shape[-2:])
+    if x.shape[:-2] != batch:
+        x = x.expand(*batch, *x.shape[-2:])
+    if x.dim() == 3:
+        return x
     shape = (-1, *x.shape[-2:])
     try:
         return x.view(shape)
@@ -103,8 +107,8 @@ def _folded(x: Tensor, batch: Sequence[int]) -> Tensor:
         return done(Tensor.reshape, x, shape)
 
 
-def _strides(name: str, x: Tensor, *others: str) -> dict[str, int]:
-    return {f"{name}_{along}": stride for along, stride in zip(("batch", *others), x.stride(), strict=True)}
+def _strides(x: Tensor, *names: str) -> dict[str, int]:
+    return dict(zip(names, x.stride(), strict=True))
 
 
 @triton.jit

@@ -29,8 +29,8 @@ def in_rows(values: Tensor, width: int) -> Tensor:
     """A copy of values whose heads lie side by side, with rows of so many entries; those behind Nk are anything."""
     heads, n_q, n_k = values.shape[-3:]
     out = room(values, (*values.shape[:-1], width))
-    padded = triton.next_power_of_2(heads)
-    columns = min(ENTRIES // padded, triton.next_power_of_2(n_k))
+    padded = plan.power_of_2(heads)
+    columns = min(ENTRIES // padded, plan.power_of_2(n_k))
     launch_known(
         rows_kernel, (n_q, plan.cdiv(n_k, columns)), values.device,
         {"values": values, "out": out, "n_q": n_q, "n_k": n_k, "v_row": values.stride(-2), "o_row": width},

@@ -20,7 +20,8 @@ class Row:
     tensors of the bias have got theirs too. tax: of the baseline's median in the same process. limit_fraction: of
     what the chip can do. errors: for output and gradients, the largest error / that of an eager computation.
     peak_mib: the rise during a call, and what the peer made beforehand. first_call_seconds: in a process with empty
-    caches. new_length_ms: on the host, the first call of a new length after that. host_us: on the host, one more.
+    caches. new_length_ms: on the host, first calls of new lengths after that, the median. host_us: on the host, one
+    more.
     """
 
     workload: str

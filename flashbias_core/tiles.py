@@ -51,9 +51,9 @@ class Tiles:
 
 # A kernel's tile of queries by keys / warps / stages, and where it matters / columns / registers / teams, at head dims
 # up to 32, 64, 128 and 256. A second word makes a row that of some calls: the first that applies of the traits in
-# `select`. For Hopper: the fastest on an H200, or where they spill registers, neighbours that do not. For the others
-# nothing was measured: they are chosen to compile within the shared memory and without spills, which
-# tests/core/test_compile.py checks; it names the few spills of teams.
+# `select`. For Hopper, and in fp32 for all: the fastest on an H200, or where they spill registers, neighbours that do
+# not. For the others nothing was measured: they are chosen to compile within the shared memory and without spills,
+# which tests/core/test_compile.py checks; it names the few spills of teams.
 TILES = {
     "hopper": {
         "forward few pairs":  "16x64/4/3          16x64/4/3         16x64/4/2     16x16/4/2",
@@ -129,7 +129,7 @@ TILES = {
         "values":            "32x32/4/2     32x32/4/2     32x32/4/2     16x16/8/1/64",
         "values table ids":  "32x32/4/2     32x32/4/2     32x16/4/2     16x16/8/1/64",
     },
-    "hopper fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
+    "fp32": {  # fewer than 64 rows: with more, triton 3.6 forms wrong products of six
         "forward":                "32x32/2/2/16/248  32x32/4/1         16x32/4/1         16x16/4/1",
         "forward rank":           "32x32/2/1/16/248  32x32/4/1         16x16/4/1         32x16/8/1",
         "forward table":          "32x16/2/1         16x32/4/1         16x32/4/1         16x16/8/1",
@@ -162,38 +162,13 @@ TILES = {
         "double keys factors":    "16x16/4/1/64      16x16/4/1/64/248  16x16/8/1/64/248  16x16/8/1/64",
         "double values":          "16x16/4/1         16x16/4/1/16/248  16x32/4/1         16x32/4/1/16/252",
     },
-    "fp32": {
-        "forward":                "32x32/8/1     32x32/8/1     16x16/4/1/16/248  16x16/4/1",
-        "forward factors":        "32x32/8/1     16x32/8/1     16x16/4/1/16/248  32x16/8/1",
-        "forward table":          "32x32/8/1     16x16/8/1     16x16/8/1/16/248  16x16/8/1/16/248",
-        "queries":                "16x16/4/1/64  16x32/8/1/64  16x16/8/1/64/248  16x16/8/1/64/248",
-        "queries rank":           "16x32/8/1/64  16x32/8/1/64  16x16/8/1/64/248  16x16/8/1/64/248",
-        "queries table":          "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
-        "keys":                   "16x16/4/1/64  16x16/8/1/64  16x16/8/1/64      16x16/8/1/64",
-        "keys rank":              "16x32/8/1/64  16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64/248",
-        "keys table":             "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64      16x16/8/1/64",
-        "values":                 "16x16/4/1     16x16/4/1     16x16/8/1/16/248  16x16/4/1/16/240",
-        "values table":           "16x16/4/1     16x16/8/1     16x16/8/1         16x16/8/1",
-        "double forward":         "32x16/4/1     16x16/8/1     16x16/8/1         32x16/8/1",
-        "double forward rank":    "16x16/8/1     16x16/8/1     16x16/8/1         16x16/8/1/16/248",
-        "double forward table":   "16x16/8/1     16x16/8/1     16x16/8/1         16x16/8/1/16/248",
-        "double queries":         "32x16/4/1     16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
-        "double queries rank":    "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64      16x16/8/1/64",
-        "double queries factors": "16x16/4/1/64  16x16/8/1/64  16x16/8/1/64      16x16/8/1/64",
-        "double queries table":   "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64      16x16/8/1/64",
-        "double keys":            "16x16/4/1/64  16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
-        "double keys rank":       "16x16/8/1/64  16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
-        "double keys table":      "16x16/8/2/16/248  16x16/8/2     16x16/8/2         16x16/8/2",
-        "double keys factors":    "16x16/4/1/64  16x16/8/1/64  16x16/8/1/64/248  16x16/8/1/64",
-        "double values":          "16x16/4/1     16x16/4/1     16x16/4/1         16x16/4/1",
-    },
 }  # fmt: skip
 
 
 def select(kind: str, capability: tuple[int, int], itemsize: int, constants: Mapping[str, Any]) -> Tiles:
     """The tiles for a kernel's constants and `itemsize` bytes an element on a device of that compute capability."""
     family = {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(capability[0], "ampere")
-    rows = TILES[family] if itemsize < 4 else TILES.get(f"{family} fp32", TILES["fp32"])
+    rows = TILES[family] if itemsize < 4 else TILES["fp32"]
     width, rank = max(constants["WIDTH"], constants["WIDTH_V"]), constants["RANK"]
     wide = rank > (32 if width <= 128 else 0)
     pairs = constants["DENSE"] or constants["ALLOWED"] or constants["TABLE"]

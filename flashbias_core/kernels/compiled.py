@@ -118,22 +118,18 @@ def _interpret(kernel: Any, names: list[str], *values: Any) -> None:
 
 def kinds(kernel: Any, arguments: dict[str, Any]) -> tuple[Hashable, ...]:
     """What a kernel's compiled code can depend on in arguments; those in capitals are constants of it."""
-    depends = _depends(kernel)
-    found = [depends.get(name, _itself if name.isupper() else kind)(value) for name, value in arguments.items()]
+    sizes = _sizes(kernel)
+    found = [
+        value if name.isupper() else size_kind(value) if name in sizes else kind(value)
+        for name, value in arguments.items()
+    ]
     return tuple(found)
 
 
 @cache
-def _depends(kernel: Any) -> dict[str, Callable[[Any], Hashable]]:
-    """By which function what matters in an argument is found, for those of a kernel's arguments that are known."""
-    return {
-        parameter.name: _itself if parameter.name.isupper() else size_kind if parameter.do_not_specialize else kind
-        for parameter in getattr(kernel, "params", ())
-    }
-
-
-def _itself(value: Hashable) -> Hashable:
-    return value
+def _sizes(kernel: Any) -> frozenset[str]:
+    """The names of a kernel's numbers for which it is not specialized; where it is interpreted, none are known."""
+    return frozenset(parameter.name for parameter in getattr(kernel, "params", ()) if parameter.do_not_specialize)
 
 
 def size_kind(size: int | float) -> Hashable:
